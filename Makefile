@@ -1,0 +1,48 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv first when it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+WHEEL_READY := .venv-wheel/ready
+
+.PHONY: demo test lab readme notebooks-in-step wheel clean
+
+demo: $(READY)
+	$(BIN)/ader_demo $(ARGS)
+
+test: $(READY) notebooks-in-step
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest -q tests
+	$(MAKE) --no-print-directory wheel
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb
+
+$(READY): settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Exporting and cleaning again must change nothing, and README.md must be what index.ipynb says.
+notebooks-in-step: $(READY)
+	sh .ci/in-step $(BIN)
+
+readme: $(READY)
+	sh .ci/readme $(BIN)
+
+# What a user gets: the built wheel in an environment of its own, with the newest of every dependency.
+$(WHEEL_READY): settings.ini setup.py
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet --upgrade pip
+	.venv-wheel/bin/pip install --quiet .
+	touch $@
+
+wheel: $(WHEEL_READY)
+	rm -rf dist
+	.venv-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	cd dist && ../.venv-wheel/bin/ader_demo --quick --out demo-of-the-wheel
+
+clean:
+	rm -rf .venv .venv-wheel dist build *.egg-info _docs _proc
