@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 WHEEL_READY := .venv-wheel/ready
+# Small networks gain nothing from more threads, and two workers with two threads each on two cores wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test lab readme notebooks-in-step wheel clean
 
@@ -10,8 +12,8 @@ demo: $(READY)
 	$(BIN)/ader_demo $(ARGS)
 
 test: $(READY) notebooks-in-step
-	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest -q tests
+	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(ONE_THREAD) $(BIN)/python -m pytest -q tests
 	$(MAKE) --no-print-directory wheel
 
 lab: $(READY)

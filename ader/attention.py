@@ -77,10 +77,11 @@ def attend(
 
 archs['attend'] = lambda net, depth=1: attend(build(net), depth)
 
-# %% ../nbs/02_attention.ipynb #b300831b
+# %% ../nbs/02_attention.ipynb #53fd0b79
 def can_attend(net:nn.Module) -> bool:
-    "Whether `net(x, attend=True)` works, also behind a wrapper that keeps the network as `.module`."
-    return isinstance(getattr(net, 'module', net), AttentionNet)
+    "Whether `net(x, attend=True)` works, also behind the wrappers of data-parallel training and of `torch.compile`."
+    for wrapped in ('module', '_orig_mod'): net = getattr(net, wrapped, net)
+    return isinstance(net, AttentionNet)
 
 def look(net:nn.Module, x:Tensor) -> Attended: # attention and branch logits are None where the network has none
     "What `net` answers and where it looks."

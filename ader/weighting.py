@@ -10,7 +10,7 @@ import math, torch
 from torch import Tensor
 from .data import AderError
 
-# %% ../nbs/05_weighting.ipynb #1e5c3839
+# %% ../nbs/05_weighting.ipynb #c5efe99b
 class AdaptiveWeight:
     "ω by how much of each teacher's lesson remains (Eqs. 9 and 10)."
     def __init__(self,
@@ -33,10 +33,10 @@ class AdaptiveWeight:
         l_adv:Tensor, # scalar, loss of the adversarial teacher's lesson at this step
         pct:float=0. # how much of the training is done, 0 to 1; not used here
     ) -> Tensor: # scalar ω, the weight of the clean teacher
-        now = torch.stack([l_clean, l_adv]).detach()
+        now = torch.stack([l_clean, l_adv]).detach().clamp_min(0) # rounding may bring a divergence of 0 below it
         self.first = now if self.first is None else torch.where(self.first > 0, self.first, now)
-        r = torch.where(self.first > 0, now/self.first, 0.)**self.beta
-        target = torch.where(r.sum() > 0, r[0]/r.sum(), 0.5)
+        log_r = self.beta * torch.where(self.first > 0, now/self.first, 0.).log()
+        target = torch.sigmoid(log_r[0] - log_r[1]).nan_to_num(0.5)
         if self.omega is None: self.omega = torch.full_like(target, 0.5)
         self.omega = self.omega + self.momentum*(target - self.omega)
         return self.omega

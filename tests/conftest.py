@@ -1,0 +1,44 @@
+"What all tests share: fixed seeds, small data, small networks."
+import matplotlib
+matplotlib.use('Agg')
+import pytest, torch
+from hypothesis import HealthCheck, Phase, settings
+from ader.attention import attend
+from ader.data import Images, dataloaders, digits
+from ader.networks import small_resnet
+
+settings.register_profile('ader', deadline=None, max_examples=60, derandomize=True, database=None,
+                          phases=[Phase.explicit, Phase.generate, Phase.shrink],
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile('ader')
+
+torch.set_num_threads(1) # such small networks are slower with more
+
+@pytest.fixture(autouse=True)
+def seed():
+    "Every test starts from the same global random state."
+    torch.manual_seed(0)
+
+@pytest.fixture(scope='session')
+def all_digits():
+    "The digits, on the CPU; not to be changed."
+    return digits(augment=[], device='cpu')
+
+@pytest.fixture
+def small(all_digits):
+    "A function that makes loaders of a few digits: `small(train=60, valid=40, bs=20, dtype=torch.float32)`."
+    def make(train=60, valid=40, bs=20, dtype=torch.float32, eps=0.2):
+        (x, y), (xv, yv) = all_digits.train.dataset[:train], all_digits.valid.dataset[:valid]
+        sets = [Images(a.to(dtype), b, list('0123456789'), 'few digits', eps) for a,b in ((x, y), (xv, yv))]
+        return dataloaders(*sets, bs=bs, device='cpu')
+    return make
+
+@pytest.fixture
+def net():
+    "A function that makes a network with attention small enough to train in a test."
+    return lambda **kwargs: attend(small_resnet(width=4, **kwargs))
+
+@pytest.fixture
+def plain():
+    "The same without attention."
+    return lambda **kwargs: small_resnet(width=4, **kwargs)
