@@ -195,7 +195,7 @@ def demo_facts(threat:Threat, epochs:int, seed:int, images:int, seconds:float) -
                 seconds=round(seconds), machine=f'{platform.machine()}, one CPU thread',
                 versions=dict(python=platform.python_version(), **versions()))
 
-# %% ../nbs/09_recipes.ipynb #8c8c256c
+# %% ../nbs/09_recipes.ipynb #2587632e
 def ader_demo(
     out:str='ader_demo', # folder to write the results to
     seed:int=0, # of everything random; the same seed gives the same table
@@ -204,9 +204,10 @@ def ader_demo(
     quick:bool=False # 2 epochs, and only 200 of the 500 test images
 ):
     "Train two teachers and four students on digits, attack them all, and write a report."
-    start, threat, out = time.perf_counter(), Threat(eps), check_out(out)
+    start, threat = time.perf_counter(), Threat(eps)
     if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
     if seed < 0: raise AderError(f'the seed must not be negative, got {seed}')
+    out = check_out(out)
     epochs, images = (min(epochs, 2), 200) if quick else (epochs, 500)
     print(f'digits, ε = {eps:g}, seed {seed}, {epochs} epochs', flush=True)
     show, test = sys.stdout.isatty(), digits(device='cpu').test
