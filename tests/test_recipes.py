@@ -3,7 +3,7 @@ import base64, json, re, subprocess, sys
 import pandas as pd, pytest, torch
 from ader.attacks import Threat, paper_attacks
 from ader.data import AderError, digits
-from ader.evaluation import robustness
+from ader.evaluation import measure
 from ader.recipes import ader_demo, ader_demo_cli, check_out
 from ader.teachers import load
 
@@ -44,7 +44,7 @@ def test_record_and_table_agree(demo):
 
 def test_the_saved_student_is_the_one_in_the_table(demo):
     d = pd.read_csv(demo/'table.csv').query("network == 'ADER'")
-    got = robustness(load(demo/'student'), digits().test, paper_attacks(Threat(0.2)), images=200, seed=3, progress=False)
+    got = measure(load(demo/'student'), digits().test, paper_attacks(Threat(0.2)), images=200, seed=3, progress=False)
     assert got.accuracy.tolist() == d.accuracy.tolist()
 
 
