@@ -1,9 +1,9 @@
-import copy
+import copy, logging, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
-from ader.attacks import CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Threat, ce, cw, frozen, kl, length, paper_attacks
+from ader.attacks import AutoAttack, CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Square, Threat, Transfer, ce, counting, cw, frozen, kl, length, paper_attacks
 from ader.data import AderError
 
 K = 4
@@ -276,3 +276,120 @@ def test_bad_input(x, y, loss):
     with pytest.raises(AderError) as e: PGD(steps=2, loss=loss)(net, x, y)
     assert len(str(e.value)) > 20 and '\n' not in str(e.value)
     assert all(m.training for m in net.modules()) and all(p.requires_grad for p in net.parameters())
+
+# ---- restarts, transfer, Square, AutoAttack
+
+BOTH = Threat(0.1), Threat(0.7, '2')
+
+@pytest.mark.parametrize('loss', ['ce', 'cw', 'kl'])
+@pytest.mark.parametrize('threat', BOTH, ids=lambda t: f'L{t.norm}')
+def test_restarts(trained, threat, loss):
+    "One climb is the first of several, and more of them never make any image safer, by the measure that chooses."
+    net, x, y = trained
+    with torch.no_grad(): target, judge = (net(x), kl) if loss == 'kl' else (y, cw)
+    make = lambda n: PGD(threat, 2, loss=loss, restarts=n)
+    with torch.no_grad(): a, b, c = (judge(net(make(n)(net, x, target, rng())), target) for n in (1, 3, 6))
+    assert (b >= a - 1e-5).all() and (c >= b - 1e-5).all() and c.mean() > a.mean()
+    assert repr(make(3)) == ('CW' if loss == 'cw' else 'PGD') + '-2×3' and make(3).at(0.3).restarts == 3
+
+def test_transfer(trained):
+    "The images are those made on the surrogate, whatever network they are for."
+    net, x, y = trained
+    other = linear(1, 8, 8)
+    other[1] = nn.Linear(64, 10)
+    a = Transfer(other, PGD_sat(Threat(0.1)))
+    before = state(other)
+    assert torch.equal(a(net, x, y, rng()), a.attack(other, x, y, rng())) and same(state(other), before)
+    assert a.threat == Threat(0.1) and a.at(0.2) == Transfer(other, PGD_sat(Threat(0.2))) and repr(a) == 'PGD_sat (transfer)' and repr(Transfer(other, name='from a friend')) == 'from a friend'
+    with pytest.raises(AderError, match='surrogate knows 4 classes and the attacked network 10'): Transfer(linear(1, 8, 8))(net, x, y)
+    for bad in (lambda: Transfer('net.pt'), lambda: Transfer(other, 'pgd')):
+        with pytest.raises(AderError): bad()
+
+BORROWED = Square(Threat(0.15), 200), Square(Threat(1., '2'), 200), AutoAttack(Threat(0.15)), AutoAttack(Threat(1.2, '2')) # few withstand these; that saves time
+ids = lambda a: f'{a!r} L{a.threat.norm}'
+
+@pytest.mark.parametrize('attack', BORROWED, ids=ids)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_borrowed_attacks_keep_every_promise(attack, dtype, capfd):
+    "In the ball and the range, nothing left behind, nothing printed, decided by the generator alone; a network that may be of any kind."
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5), linear(1, 6, 6)).to(dtype)
+    net[1].eval(); net[0].bias.requires_grad_(False)
+    x = (torch.rand(5,1,6,6, dtype=dtype)*1.5 - 0.25).clamp(0, 1)
+    with frozen(net): y = net(x).argmax(1)
+    y[0] = (y[0] + 1) % K # one is wrong already
+    before, x0, mood, trace = state(net), x.clone(), torch.get_rng_state(), sys.gettrace()
+    z = attack(net, x, y, rng(1))
+    assert z.shape == x.shape and z.dtype == dtype and not z.requires_grad and z.isfinite().all() and 0 <= z.min() and z.max() <= 1
+    d = z - x
+    assert (d.abs().amax() if attack.threat.norm == 'inf' else length(d).amax()) <= attack.threat.eps + 1e-6
+    assert same(state(net), before) and torch.equal(x, x0) and torch.equal(torch.get_rng_state(), mood) and sys.gettrace() is trace
+    assert torch.equal(attack(net, x, y, rng(1)), z)
+    assert capfd.readouterr() == ('', '')
+
+@pytest.mark.parametrize('attack', BORROWED, ids=ids)
+def test_borrowed_attacks_fool_a_trained_net(trained, attack):
+    "Far more than noise of the same size, more with a larger ε; AutoAttack as much as PGD at least."
+    net, x, y = trained
+    x, y = x[:40], y[:40]
+    with torch.no_grad(): acc = lambda z: (net(z).argmax(1) == y).float().mean().item()
+    a, b = acc(attack(net, x, y, rng())), acc(attack.at(2*attack.threat.eps)(net, x, y, rng()))
+    assert acc(attack.threat.random(x, rng())) > a + 0.15 and b <= a
+    if isinstance(attack, AutoAttack): assert a <= acc(PGD_sat(attack.threat)(net, x, y, rng()))
+
+def test_square_follows_its_seed_and_its_queries(trained):
+    "Another seed, other squares; more queries, more images fooled; never more passes than queries allow."
+    net, x, y = trained
+    with torch.no_grad(): right = net(x).argmax(1) == y
+    x, y = x[right], y[right]
+    few, many = Square(Threat(0.1), 20), Square(Threat(0.1), 400)
+    assert not torch.equal(few(net, x, y, rng(1)), few(net, x, y, rng(2)))
+    with counting(net) as n: z = many(net, x, y, rng())
+    with torch.no_grad(): acc = lambda z: (net(z).argmax(1) == y).float().mean().item()
+    assert acc(z) < acc(few(net, x, y, rng())) - 0.1 and len(x) < n.forward <= 403*len(x) + 1 and n.backward == 0
+    torch.manual_seed(3); a = few(net, x, y)
+    b = few(net, x, y)
+    torch.manual_seed(3); assert torch.equal(few(net, x, y), a) and not torch.equal(a, b)
+
+@pytest.mark.parametrize('k,threat', [(2, Threat(0.06)), (3, Threat(0.02)), (4, Threat(0.02)), (6, Threat(0.15, '2'))])
+def test_autoattack_of_few_classes(k, threat):
+    "Networks of few classes are attacked with what is defined for them, and it finds what PGD finds."
+    torch.manual_seed(k)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(36, k)), torch.rand(12,1,6,6)
+    with torch.no_grad(): y = net(x).argmax(1)
+    with counting(net) as n: a = AutoAttack(threat)(net, x, y, rng())
+    b = PGD_sat(threat)(net, x, y, rng())
+    with torch.no_grad(): a, b = (net(o).argmax(1) != y for o in (a, b))
+    assert (a | ~b).all() and a.any() and not a.all() and n.forward > 5000, 'every part has run, for some withstand'
+
+def test_warnings_of_autoattack_can_be_heard(trained, caplog):
+    "Silent by default, but whoever sets up logging hears it: here of a network that answers with probabilities."
+    net, x, y = trained
+    with caplog.at_level(logging.WARNING, 'auto-attack'): AutoAttack(Threat(0.1))(nn.Sequential(net, nn.Softmax(1)), x[:3], y[:3], rng())
+    assert 'probability distribution' in caplog.text
+
+def test_counting(trained):
+    "Passes in images, forward and back; nothing left on the model."
+    net, x, y = trained
+    for attack,forward,backward in ((FGSM(Threat(0.1)), 1, 1), (PGD(Threat(0.1), 7), 7, 7), (PGD(Threat(0.1), 7, restarts=3), 25, 21)):
+        with counting(net) as n: attack(net, x, y)
+        assert (n.forward, n.backward) == (forward*len(x) + 1, backward*len(x)) # one image is asked for the classes
+    with pytest.raises(KeyError):
+        with counting(net): raise KeyError
+    assert not net._forward_hooks
+
+def test_borrowed_settings():
+    "Values like the others: frozen, hashable, with a name for tables; what they can't do is refused when they are made."
+    assert len({Square(), Square(Threat(8/255)), Square(queries=10), AutoAttack(), AutoAttack()}) == 3 and Square().queries == 5000
+    assert repr(Square(name='sq')) == 'sq' and repr(AutoAttack().at(0.2)) == 'AutoAttack' and copy.deepcopy(Square()) == Square()
+    for f in (lambda: Square(queries=0), lambda: Square(queries=1.5), lambda: Square(Threat(0.1, lo=-1)), lambda: AutoAttack(Threat(0.1, hi=2)), lambda: PGD(restarts=0), lambda: PGD(restarts=2, start='image')):
+        with pytest.raises(AderError): f()
+    with pytest.raises(AderError, match='at least 5×5 pixels'): Square(Threat(1, '2'))(linear(1, 4, 4), torch.rand(2,1,4,4), Y[:2])
+    for bad in (X + 1, X.long(), X[:0]):
+        with pytest.raises(AderError): Square()(conv(1), bad, Y[:len(bad)])
+    with pytest.raises(AderError): AutoAttack()(conv(1), X, Y + K)
+
+def test_attacks_cost_only_torch():
+    "Neither fastai nor pyautoattack comes along before it is needed."
+    code = "import sys, ader.attacks; sys.exit(' '.join(o for o in ('fastai', 'pyautoattack', 'pandas') if o in sys.modules) or 0)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).stderr == b''
