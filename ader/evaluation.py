@@ -205,7 +205,7 @@ def static_checks(
             Check('same answer twice, alone or in a batch', max(twice, apart) < 1e-3, f'logits differ by {twice:.1e} when asked twice and by {apart:.1e} when asked alone, relative to the largest', WHY['same']),
             Check('gradients are there', dead <= 0.1, f'they are zero or not finite for {dead:.0%} of the images', WHY['gradients'])]
 
-# %% ../nbs/08_evaluation.ipynb #7c6b380d
+# %% ../nbs/08_evaluation.ipynb #6796b663
 def attack_checks(
     model:nn.Module, # images in [0, 1] -> logits
     x:Tensor, # (B, C, H, W) images that are classified right
@@ -226,7 +226,8 @@ def attack_checks(
     white = pgd & alive(CW_inf(threat))
     many, shown = int(pgd.sum()), int(white.sum())
     beyond = int((white & ~alive(PGD(threat, 100, restarts=5))).sum())
-    whole = left(PGD(replace(threat, eps=threat.hi - threat.lo if threat.norm == 'inf' else (threat.hi - threat.lo)*x[0].numel()**0.5), 40))
+    far = (threat.hi - threat.lo)*(1 if threat.norm == 'inf' else x[0].numel()**0.5)
+    whole = left(PGD(replace(threat, eps=far), 60, far/30, 'gaussian')) # small steps from the image: large ones jump from corner to corner
     steps = [left(PGD(threat, 10).at(threat.eps*m)) for m in (0.25, 0.5, 0.75)] + [many]
     rise = max(b - a for a,b in zip(steps, steps[1:]))
     blacks = {repr(a): left(a) for a in black_box}
