@@ -300,7 +300,7 @@ def robustness(
                  attacks=', '.join(map(repr, attacks)), seconds=round(time.perf_counter() - start, 1), weights=fingerprint(net))
     return Report(tabulate(results), found, {k: ok for k,(ok,_) in results.items()}, y.cpu(), list(getattr(ds, 'classes', range(int(y.max())+1))), facts)
 
-# %% ../nbs/08_evaluation.ipynb #a15867b2
+# %% ../nbs/08_evaluation.ipynb #6746667d
 def plot_robustness(
     results:dict[str,pd.DataFrame]|pd.DataFrame, # tables of `measure`, by the name of the network; or one table
     ax=None # matplotlib axes
@@ -309,7 +309,7 @@ def plot_robustness(
     import matplotlib.pyplot as plt, seaborn as sns
     if isinstance(results, pd.DataFrame): results = {'': results}
     d = pd.concat([o.assign(net=k) for k,o in results.items()], ignore_index=True)
-    if ax is None: _, ax = plt.subplots(figsize=(1.5 + 0.25*len(d) + len(results[next(iter(results))])*0.4, 3.2))
+    if ax is None: _, ax = plt.subplots(figsize=(1.5 + len(d)*(0.3 + 0.7/len(results)), 3.2))
     sns.barplot(d, x='attack', y='accuracy', hue='net', ax=ax, palette='colorblind', legend=len(results) > 1)
     for bars,(_,o) in zip(ax.containers, d.groupby('net', sort=False)):
         xs = [b.get_x() + b.get_width()/2 for b in bars]
@@ -504,7 +504,7 @@ def page(
             f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{signs}{pics}'
             f'<h2>How this was made</h2>{two(facts.items())}</body></html>\n')
 
-# %% ../nbs/08_evaluation.ipynb #6604c221
+# %% ../nbs/08_evaluation.ipynb #7aa9ffd1
 def report_page(
     report:Report, # from `robustness`
     title:str='Robustness', # heading of the page
@@ -513,7 +513,7 @@ def report_page(
     "A report as a self-contained page."
     t = report.table
     cells = pd.DataFrame({'accuracy': [f'{100*a:.1f}%' for a in t.accuracy], '95% interval': [f'{100*l:.1f} to {100*h:.1f}%' for l,h in zip(t.low, t.high)],
-                          'images': t.images, 'seconds': t.seconds.round(1), 'forward passes': t.forward, 'backward passes': t.backward}, index=t.attack)
+                          'images': t.images, 'seconds': t.seconds.round(1), 'forward passes': t.forward, 'backward passes': t.backward}).set_axis(t.attack)
     pics = {'Under each attack': ('Accuracy with 95% intervals.', png(plot_robustness(t).figure)),
             'Class by class': ('Percent of each class that is still right.', png(plot_by_class(report).figure)), **(pictures or {})}
     return page(title, report.verdict if report.ok else '', cells, pics, report.facts, report.checks, '' if report.ok else report.verdict)
