@@ -205,7 +205,7 @@ def static_checks(
             Check('same answer twice, alone or in a batch', max(twice, apart) < 1e-3, f'logits differ by {twice:.1e} when asked twice and by {apart:.1e} when asked alone, relative to the largest', WHY['same']),
             Check('gradients are there', dead <= 0.1, f'they are zero or not finite for {dead:.0%} of the images', WHY['gradients'])]
 
-# %% ../nbs/08_evaluation.ipynb #6796b663
+# %% ../nbs/08_evaluation.ipynb #fd455fdb
 def attack_checks(
     model:nn.Module, # images in [0, 1] -> logits
     x:Tensor, # (B, C, H, W) images that are classified right
@@ -217,15 +217,15 @@ def attack_checks(
 ) -> list[Check]:
     "The signs that an attack shows when it fails."
     n, slack = len(x), max(2, 0.03*len(x))
-    def alive(attack):
-        ok, _ = survivors(model, [(x, y)], attack, seed)
+    def alive(attack, right=None):
+        ok, _ = survivors(model, [(x, y)], attack, seed, right)
         tick()
         return ok
     left, share = lambda attack: int(alive(attack).sum()), lambda k: f'{k/n:.0%}'
     pgd, one, noise = alive(PGD(threat, 20)), left(FGSM(threat)), left(_Noise(threat))
-    white = pgd & alive(CW_inf(threat))
+    white = alive(CW_inf(threat), pgd) # only those that PGD left
     many, shown = int(pgd.sum()), int(white.sum())
-    beyond = int((white & ~alive(PGD(threat, 100, restarts=5))).sum())
+    beyond = shown - int(alive(PGD(threat, 100, restarts=5), white).sum())
     far = (threat.hi - threat.lo)*(1 if threat.norm == 'inf' else x[0].numel()**0.5)
     whole = left(PGD(replace(threat, eps=far), 60, far/30, 'gaussian')) # small steps from the image: large ones jump from corner to corner
     steps = [left(PGD(threat, 10).at(threat.eps*m)) for m in (0.25, 0.5, 0.75)] + [many]
