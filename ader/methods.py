@@ -135,7 +135,7 @@ def check_teacher(
     teacher = adapted(teacher, tuple(x.shape[1:])).to(x.device)
     with frozen(teacher, student), torch.no_grad():
         try: t = teacher(x[:1]).shape[-1]
-        except (AderError, RuntimeError) as e: raise AderError(f'the {role} teacher does not accept images of shape {tuple(x.shape[1:])}: {e}') from None
+        except (AderError, RuntimeError) as e: raise AderError(f'the {role} teacher does not accept images of shape {tuple(x.shape[1:])} ({e}); for other sizes see ader.attention.Adapt') from None
         s = student(x[:1]).shape[-1]
     if t != s: raise AderError(f'the {role} teacher knows {t} classes and the student {s}; they must be the same')
     known = getattr(teacher, 'card', {}).get('classes')

@@ -8,7 +8,7 @@ __all__ = ['TEACHING', 'ZOO_EPS', 'write_whole', 'plain', 'write_checkpoint', 'r
            'save', 'read_json', 'load', 'from_published', 'activation_map', 'Adopted', 'find_layer', 'Branch', 'adopt',
            'careful', 'import_robustbench', 'zoo_entry', 'zoo_net', 'from_robustbench']
 
-# %% ../nbs/07_teachers.ipynb #a0ec7320
+# %% ../nbs/07_teachers.ipynb #2a1f32ce
 import difflib, hashlib, io, json, os, random, re, sys, time, torch, warnings
 import numpy as np
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .attention import Attended, AttentionBlock, AttentionNet, adapted, attend, can_attend
+from .attention import Attended, AttentionBlock, AttentionNet, adapted, attend, can_attend, modulate
 from .attacks import Threat, classes_of, frozen
 from .data import AderError
 from .methods import Method, Natural, SAT, TRADES
@@ -307,7 +307,7 @@ def activation_map(
     a = g.square().sum(1, keepdim=True)
     return (a / a.amax((2,3), keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)).clamp_min(1e-6)
 
-# %% ../nbs/07_teachers.ipynb #58d652af
+# %% ../nbs/07_teachers.ipynb #33645eb1
 class Adopted(nn.Module):
     "A network as it is, and beside it an attention map read from one of its layers."
     attends = True
@@ -339,12 +339,22 @@ class Adopted(nn.Module):
         if not (seen and isinstance(seen[-1], Tensor) and seen[-1].ndim == 4): raise AderError(f'the layer {self.layer} gives no features (B, N, h, w)')
         return z, seen[-1]
 
+    def stressed(self, x:Tensor) -> Attended:
+        "What the network would answer if it used the branch's map (Eq. 2); it is what the map is trained by."
+        seen = []
+        def use(m, i, o):
+            seen.append(self.block(o))
+            return modulate(o, seen[-1][0]) # what a hook returns takes the place of the output
+        hook = self.net.get_submodule(self.layer).register_forward_hook(use)
+        try: return Attended(self.net(x), *seen[-1])
+        finally: hook.remove()
+
     def forward(self, x:Tensor, attend:bool=False) -> Tensor|Attended:
         if not attend: return self.net(x)
         z, g = self.features(x)
         return Attended(z, activation_map(g), None) if self.block is None else Attended(z, *self.block(g))
 
-# %% ../nbs/07_teachers.ipynb #cba6f3f7
+# %% ../nbs/07_teachers.ipynb #f378170a
 @torch.no_grad()
 def find_layer(
     net:nn.Module, # any classifier
@@ -352,10 +362,12 @@ def find_layer(
 ) -> str: # name of a submodule
     "The layer before the last stage."
     if isinstance(net, Net): return f'stages.{len(net.stages)-2}'
-    seen = []
+    seen, size = [], x.shape[2:]
     def see(name):
         def f(m, i, o):
-            if isinstance(o, Tensor) and o.ndim == 4 and min(o.shape[2:]) > 1: seen.append((name, o.shape[2]*o.shape[3]))
+            if not (isinstance(o, Tensor) and o.ndim == 4 and min(o.shape[2:]) > 1): return
+            stride = [round(a/b) for a,b in zip(size, o.shape[2:])] # the maps of a transformer, token × token, are no grid of the image
+            if stride[0] == stride[1] > 0 and all(b == -(-a//stride[0]) for a,b in zip(size, o.shape[2:])): seen.append((name, o.shape[2]*o.shape[3]))
         return f
     hooks = [m.register_forward_hook(see(n)) for n,m in net.named_modules() if n]
     try:
@@ -366,10 +378,10 @@ def find_layer(
     larger = [n for n,s in seen if s > seen[-1][1]]
     return larger[-1] if larger else seen[-1][0]
 
-# %% ../nbs/07_teachers.ipynb #44a820de
+# %% ../nbs/07_teachers.ipynb #fe4c5d1d
 class Branch(Method):
-    "Trains the attention branch of an adopted network on the labels."
-    shown = ('branch',)
+    "Trains the attention branch of an adopted network on the labels; the network is left alone."
+    shown = 'stressed', 'scores'
     def __init__(self,
         attacked:bool=False, # learn from attacked images, for an adversarial teacher
         **kwargs # see `Method`
@@ -378,9 +390,9 @@ class Branch(Method):
         self.attacked = attacked
     def adversary(self, x, y): return super().adversary(x, y) if self.attacked else None
     def loss(self, x, x_adv, y):
-        loss = F.cross_entropy(self.student(x if x_adv is None else x_adv).branch_logits, y)
-        self.record(branch=loss)
-        return loss
+        out = self.net.stressed(x if x_adv is None else x_adv)
+        self.record(stressed=F.cross_entropy(out.logits, y), scores=F.cross_entropy(out.branch_logits, y))
+        return self.heads(lambda z: F.cross_entropy(z, y), out)
 
 # %% ../nbs/07_teachers.ipynb #d9777794
 def adopt(
@@ -436,7 +448,7 @@ def import_robustbench(): # -> module `robustbench.utils`
         return robustbench.utils
     except ImportError as e: raise AderError(f"RobustBench can't be imported ({e}); install it by: pip install 'ader[robustbench]'") from None
 
-# %% ../nbs/07_teachers.ipynb #a5a34aa6
+# %% ../nbs/07_teachers.ipynb #d66281ac
 def zoo_entry(name:str, dataset:str, threat:str): # -> function that makes the network with fresh weights
     "Find a network in RobustBench's zoo."
     rb = import_robustbench()
@@ -447,8 +459,8 @@ def zoo_entry(name:str, dataset:str, threat:str): # -> function that makes the n
     if name not in zoo:
         near = difflib.get_close_matches(name, zoo, 3, 0.5)
         raise AderError(f'RobustBench has no network {name!r} for {dataset} and {threat}' + f'; did you mean {", ".join(near)}?'*bool(near))
-    if 'model' in zoo[name]: return zoo[name]['model']
-    timm_name = f'{name}_{dataset}_{threat}'.lower().replace('-', '_')
+    timm_name = f'{name}_{dataset}_{threat}'.lower().replace('-', '_') # some are registered with timm, and RobustBench looks there first
+    if not rb.timm.is_model(timm_name): return zoo[name]['model']
     return lambda: rb.timm.create_model(timm_name, num_classes=rb.DATASET_CLASSES[rb.BenchmarkDataset(dataset)])
 
 def zoo_net(name:str, dataset:str='cifar10', threat:str='Linf') -> nn.Module:

@@ -539,11 +539,11 @@ def test_a_method_without_a_loss(learner):
 # ---- doors
 
 @pytest.mark.parametrize('bad,match', [
-    (lambda net, plain: net(classes=7), 'robust teacher knows 7 classes and the student 10'),
+    (lambda net, plain: net(classes=7), 'robust teacher knows 7 classes and the student 10'), (lambda net, plain: net(stages=5), 'robust teacher does not accept images of shape .* at least 16×16'),
     (lambda net, plain: plain(), 'robust teacher has no attention'), (lambda net, plain: 'teacher.pt', 'robust teacher must be a network, got str'),
     (lambda net, plain: None, 'robust teacher must be a network, got NoneType'), (lambda net, plain: small_resnet, 'robust teacher must be a network, got function'),
     (lambda net, plain: {'weight': torch.ones(1)}, 'robust teacher must be a network, got dict')],
-    ids=['classes', 'no attention', 'path', 'nothing', 'constructor', 'state dict'])
+    ids=['classes', 'size', 'no attention', 'path', 'nothing', 'constructor', 'state dict'])
 def test_teacher_that_does_not_fit(learner, net, plain, bad, match):
     "One sentence naming the role, before the first step; the learner is usable afterwards."
     learn = learner(ADER(net().eval(), bad(net, plain), steps=2))

@@ -237,6 +237,18 @@ def test_adoption_changes_nothing(any_net, small, attention, tmp_path):
     assert twin.spec == net.spec and twin.card == net.card
 
 
+def test_all_of_the_branch_is_trained(any_net, small):
+    "Also what draws the map: the class scores alone would leave it as it was."
+    dls = of_size(small(), 16)
+    torch.manual_seed(0)
+    net = Adopted(any_net, find_layer(any_net, torch.rand(1,1,16,16)), any_net.widths[-2], 10)
+    before = {k: v.clone() for k,v in net.block.named_parameters()}
+    train(Branch(), net, dls, 1, progress=False)
+    for k,v in net.block.named_parameters(): assert not torch.equal(v, before[k]), k
+    x = torch.rand(2,1,16,16)
+    with torch.no_grad(): assert not torch.equal(net.stressed(x).logits, net(x)) and torch.equal(net.stressed(x).attention, look(net, x).attention)
+
+
 def test_a_network_from_elsewhere(small):
     "Whatever module: its features are found, its answers stay."
     class Theirs(nn.Module):
@@ -255,6 +267,17 @@ def test_a_network_from_elsewhere(small):
     train(ADER(a, a, steps=1), attend(small_resnet(width=4)), small(), 1, progress=False)
     for bad in ('z', 'fc', ''):
         with pytest.raises(AderError): adopt(net, small(), layer=bad)
+
+
+def test_token_by_token_is_no_place_to_look(small):
+    "A transformer's attention matrix has four dimensions too."
+    class Tokens(nn.Module):
+        def __init__(self): super().__init__(); self.cut, self.soft, self.fc = nn.Conv2d(1, 6, 2, 2), nn.Softmax(-1), nn.Linear(6, 10)
+        def forward(self, x):
+            t = self.cut(x).flatten(2).mT
+            t = torch.cat([t[:,:1], t], 1)[:,None]
+            return self.fc((self.soft(t @ t.mT) @ t).mean((1,2)))
+    assert find_layer(Tokens(), torch.rand(1,1,8,8)) == 'cut'
 
 
 @pytest.mark.parametrize('net, what', [(attend(small_resnet()), 'attention already'), (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 'gives features')])
@@ -404,7 +427,7 @@ def fake_zoo(monkeypatch, tmp_path):
         net.load_state_dict(torch.load(file, map_location='cpu'))
         return net
     utils = types.ModuleType('robustbench.utils')
-    vars(utils).update(BenchmarkDataset=BenchmarkDataset, ThreatModel=ThreatModel, all_models=zoo, load_model=load_model)
+    vars(utils).update(timm=types.SimpleNamespace(is_model=lambda name: False), BenchmarkDataset=BenchmarkDataset, ThreatModel=ThreatModel, all_models=zoo, load_model=load_model)
     package = types.ModuleType('robustbench')
     package.utils = utils
     for m in (package, utils): monkeypatch.setitem(sys.modules, m.__name__, m)
