@@ -216,12 +216,13 @@ def mean(self:Method, k:str) -> float:
     last = self.terms.get(k, [])[-len(self.dls.train):]
     return torch.stack(last).mean().item() if last else float('nan')
 
-# %% ../nbs/06_methods.ipynb #ed06efdc
+# %% ../nbs/06_methods.ipynb #2e36205f
 @patch
 def state_dict(self:Method) -> dict:
-    "What the method remembers: recorded terms, and the state of `weight` if it has one."
+    "What the method remembers: recorded terms, the state of `weight` if it has one, and its own tensors."
     w = vars(self).get('weight')
-    return dict(terms={k: torch.stack(v) for k,v in self.terms.items()}, weight=w.state_dict() if hasattr(w, 'state_dict') else None)
+    return dict(terms={k: torch.stack(v) for k,v in self.terms.items()}, weight=w.state_dict() if hasattr(w, 'state_dict') else None,
+                tensors={k: v for k,v in vars(self).items() if isinstance(v, Tensor)})
 
 @patch
 def load_state_dict(self:Method, d:dict):
@@ -229,6 +230,7 @@ def load_state_dict(self:Method, d:dict):
     self.terms.clear()
     self.terms.update({k: list(v) for k,v in d['terms'].items()})
     if d['weight'] is not None: self.weight.load_state_dict(d['weight'])
+    for k,v in d['tensors'].items(): setattr(self, k, v)
     self._new = False
 
 # %% ../nbs/06_methods.ipynb #3d5dd0fa

@@ -174,10 +174,10 @@ def versions() -> dict: # name -> version
     "Of ader and of the libraries that results depend on."
     return {n: version(n) for n in ('ader', 'torch', 'torchvision', 'fastai')}
 
-# %% ../nbs/07_teachers.ipynb #c369ea58
+# %% ../nbs/07_teachers.ipynb #36d53712
 def facts(method:Method, net:nn.Module, dls, **more) -> dict:
     "What a training is asked to do."
-    settings = {k: v for k,v in vars(method).items() if k[0] != '_' and isinstance(v, (bool, int, float, str, dict)) and k not in ('terms', 'teachers', 'said')}
+    settings = {k: v for k,v in vars(method).items() if k[0] != '_' and isinstance(v, (bool, int, float, str, dict, tuple)) and k not in ('terms', 'teachers', 'said')}
     t, dl = method.threat, dls.train
     return dict(net=getattr(net, 'spec', type(net).__name__), method=type(method).__name__, settings=settings, weight=repr(vars(method).get('weight')),
                 threat=t and [t.eps, t.norm], teachers=[getattr(o, 'spec', None) for o in method.teachers.values()], data=dl.dataset.name, images=len(dl.dataset),

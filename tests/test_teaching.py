@@ -9,7 +9,8 @@ from ader.attacks import PGD, PGD_sat, Threat
 from ader.attention import Adapt, adapted, attend, can_attend, look
 from ader.data import AderError, digits
 from ader.evaluation import fitness, verify, wilson
-from ader.methods import ADER, Natural, SAT, TRADES
+import ader.methods
+from ader.methods import ADER, Method, Natural, SAT, TRADES
 from ader.networks import build, mobilenet_v2, small_resnet, wide_resnet
 from ader.recipes import ader_teach, ader_teach_cli
 from ader.teachers import (Adopted, Branch, Resumable, activation_map, adopt, find_layer, from_published, from_robustbench, load, read_checkpoint,
@@ -67,6 +68,24 @@ def test_stopped_at_any_moment_and_continued(pair, whole, tmp_path_factory, even
     assert again.recorder.values == learn.recorder.values and again.recorder.iters == learn.recorder.iters
     assert again.recorder.lrs == learn.recorder.lrs and list(map(float, again.recorder.losses)) == list(map(float, learn.recorder.losses))
     assert again.model.card['valid'] == learn.model.card['valid']
+
+
+def all_methods(cls=Method): return [m for c in cls.__subclasses__() if c.__module__ == 'ader.methods' for m in [c, *all_methods(c)] if 'loss' in dir(m) and m.loss is not Method.loss]
+
+@pytest.mark.parametrize('method', all_methods(), ids=lambda m: m.__name__)
+def test_every_method_continues(pair, small, tmp_path, method):
+    "Whatever a method remembers from step to step."
+    import inspect
+    roles = [k for k in inspect.signature(method).parameters if k in ('clean', 'robust')]
+    def go(resume=None, cbs=None):
+        torch.manual_seed(3)
+        m = method(**dict(zip(roles, pair[:len(roles)])), steps=1)
+        return train(m, attend(small_resnet(width=4)), small(), 3, seed=1, progress=False, resume=resume, cbs=cbs)
+    with pytest.raises(Stop): go(tmp_path/'x', StopAt('before_batch', 1, 2))
+    a, b = go(), go(tmp_path/'x')
+    assert same(a.model.state_dict(), b.model.state_dict())
+    h, k = ([c for c in l.cbs if isinstance(c, Method)][0].history() for l in (a, b))
+    assert h.equals(k)
 
 
 def test_checkpoints_change_nothing(pair, whole, tmp_path):
