@@ -11,7 +11,7 @@ import torch
 from collections import namedtuple
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .data import AderError, show_images
+from .data import AderError
 from .networks import Net, Normalize, archs, build, conv_bn, init_weights
 
 # %% ../nbs/02_attention.ipynb #272eb074

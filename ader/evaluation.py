@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest
 from .attacks import PGD, FGSM, CW_inf, PGD_sat, PGD_trades, Threat, ce, counting, frozen, paper_attacks
 from .attention import adapted, look, show_attention
-from .data import AderError, show_images
+from .data import AderError
 from .teachers import write_whole
 
 # %% ../nbs/08_evaluation.ipynb #c3ad40e5
@@ -286,7 +286,7 @@ def robustness(
 ) -> Report:
     "How accurate and how robust a network is, and whether to believe it."
     threat = threat or threat_of(dl)
-    device, training = next(model.parameters()).device, in_training(model)
+    device = next(model.parameters()).device
     batches, net = first_batches(dl, images, device), float32(model)
     start = time.perf_counter()
     attacks = [*(paper_attacks(threat) if attacks is None else attacks), *black_box]
