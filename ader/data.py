@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['IMAGE_EXTENSIONS', 'FOLDER_PARTS', 'JPEG_TABLE', 'JPEG_QUALITY', 'CIFAR', 'AderError', 'Images', 'as_float',
            'check_images', 'check_labels', 'show_images', 'crop_at', 'RandomCrop', 'RandomFlip', 'Cutout', 'Batches',
-           'import_fastai', 'dataloaders', 'digits', 'scan_folder', 'check_link', 'sort_files', 'check_classes',
-           'decode_image', 'jpeg_table', 'jpeg_quality', 'decode_images', 'cache_dir', 'tensor_checksum', 'read_cache',
-           'write_cache', 'read_folder', 'split_off', 'three_parts', 'image_folder', 'ArrayUnpickler', 'read_batches',
-           'fastai_data', 'find_cifar', 'get_cifar', 'jpeg_label', 'cifar_images', 'cifar10', 'cifar100']
+           'processes', 'several', 'total', 'average', 'import_fastai', 'dataloaders', 'digits', 'scan_folder',
+           'check_link', 'sort_files', 'check_classes', 'decode_image', 'jpeg_table', 'jpeg_quality', 'decode_images',
+           'cache_dir', 'tensor_checksum', 'read_cache', 'write_cache', 'read_folder', 'split_off', 'three_parts',
+           'image_folder', 'ArrayUnpickler', 'read_batches', 'fastai_data', 'find_cifar', 'get_cifar', 'jpeg_label',
+           'cifar_images', 'cifar10', 'cifar100']
 
-# %% ../nbs/00_data.ipynb #623101a5
-import configparser, hashlib, json, math, os, pickle, re, tempfile, torch, warnings, zlib
+# %% ../nbs/00_data.ipynb #9c45bc46
+import configparser, copy, hashlib, json, math, os, pickle, re, tempfile, torch, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ class Cutout:
         H, W = x.shape[-2:]
         return x.masked_fill(hidden(H)[:,None,:,None] & hidden(W)[:,None,None,:], 0)
 
-# %% ../nbs/00_data.ipynb #bbaba9fc
+# %% ../nbs/00_data.ipynb #34aadb5e
 class Batches:
     "Batches of `ds`, made by indexing on the device that holds it."
     def __init__(self,
@@ -156,7 +157,26 @@ class Batches:
         self.seed = seed
         self.to(ds.x.device)
 
-    def __len__(self): return (math.floor if self.drop_last else math.ceil)(self.n / self.bs)
+    share = 0, 1 # which of how many processes this is
+
+    def shared(self, rank:int, of:int):
+        "The part of one of several processes, each with `bs` images a batch; order and augmentations are those of the whole."
+        if self.n < of: raise AderError(f'{of} processes cannot share {self.n} images')
+        out = copy.copy(self)
+        out.share = rank, of
+        return out
+
+    @property
+    def sizes(self) -> list[int]: # images of each batch, of all processes together
+        of = self.share[1]
+        whole = self.bs*of
+        full, rest = divmod(self.n, whole)
+        if of > 1 and self.shuffle: rest -= rest % of
+        if self.drop_last and (full or of == 1): rest = 0
+        if of > 1 and full and rest < of: return [whole]*(full - 1) + [whole + rest]
+        return [whole]*full + [rest]*(rest > 0)
+
+    def __len__(self): return len(self.sizes)
     def __repr__(self): return f'{self.dataset}, in batches of {self.bs}'
 
     @property
@@ -174,10 +194,12 @@ class Batches:
     def __iter__(self):
         ds, dev = self.dataset, self.dataset.x.device
         order = torch.randperm(self.n, generator=self.rng, device=dev) if self.shuffle else torch.arange(self.n, device=dev)
-        for idx in order.split(self.bs)[:len(self)]:
+        rank, of = self.share
+        for idx in order[:sum(self.sizes)].split(self.sizes):
             x = ds.x.index_select(0, idx)
             for f in self.augment: x = f(x, self.rng)
-            yield as_float(x), ds.y[idx]
+            self.whole = len(x)
+            yield as_float(x[rank::of]), ds.y[idx[rank::of]]
 
     def one_batch(self): return next(iter(self))
 
@@ -186,6 +208,26 @@ class Batches:
         return type(self)(**{**dict(ds=self.dataset, bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last,
                                     augment=self.augment, seed=self.seed), **kwargs})
 
+# %% ../nbs/00_data.ipynb #f35230cb
+def processes() -> tuple[int,int]: # number of this process, and how many there are
+    "Which of the processes of a training this is."
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+def several() -> bool:
+    "Whether this process trains together with others."
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+def total(t:Tensor) -> Tensor: # same shape
+    "The sum over all processes."
+    if not several(): return t
+    t = t.detach().clone()
+    torch.distributed.all_reduce(t)
+    return t
+
+def average(t:Tensor) -> Tensor: # same shape
+    "The mean over all processes."
+    return total(t)/torch.distributed.get_world_size() if several() else t
+
 # %% ../nbs/00_data.ipynb #6461be06
 def import_fastai():
     "Import fastai without the `torch.jit` deprecation warning that its activations draw."
@@ -193,7 +235,7 @@ def import_fastai():
         warnings.simplefilter('ignore', FutureWarning)
         import fastai.basics
 
-# %% ../nbs/00_data.ipynb #b6b70fb4
+# %% ../nbs/00_data.ipynb #39da1f0e
 def dataloaders(
     *sets:Images, # training, validation and test images
     bs:int=128, # images a training batch
@@ -205,7 +247,8 @@ def dataloaders(
     "fastai `DataLoaders` that hold `sets` on the device."
     import_fastai() # here, so that `ader.attacks` and the like never wait for it
     from fastai.data.core import DataLoaders
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    gpu = f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else 'cuda' # each of several processes has its own
+    device = torch.device(device or (gpu if torch.cuda.is_available() else 'cpu'))
     train = Batches(sets[0], bs, shuffle=True, drop_last=len(sets[0]) > bs, augment=augment, seed=seed)
     dls = DataLoaders(train, *[Batches(o, val_bs) for o in sets[1:]], device=device)
     dls.test = dls[-1]
