@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TEACHING', 'ZOO_EPS', 'write_all', 'write_whole', 'sweep', 'plain', 'write_checkpoint', 'read_checkpoint',
            'random_state', 'set_random_state', 'Resumable', 'seed_everything', 'versions', 'checksum', 'facts',
-           'together', 'train', 'teach', 'files_of', 'save', 'read_json', 'load', 'from_published', 'activation_map',
-           'Adopted', 'find_layer', 'Branch', 'adopt', 'careful', 'import_robustbench', 'zoo_entry', 'zoo_net',
-           'from_robustbench']
+           'together', 'train', 'teach', 'files_of', 'save', 'read_json', 'build_for', 'load', 'from_published',
+           'activation_map', 'Adopted', 'find_layer', 'Branch', 'adopt', 'careful', 'import_robustbench', 'zoo_entry',
+           'zoo_net', 'from_robustbench']
 
 # %% ../nbs/07_teachers.ipynb #458a16b0
 import difflib, hashlib, io, json, os, random, re, sys, time, torch, warnings
@@ -285,17 +285,28 @@ def save(
     write_all({weights: data, about: json.dumps(d, indent=1, ensure_ascii=False).encode()})
     return weights
 
-# %% ../nbs/07_teachers.ipynb #f89751bd
+# %% ../nbs/07_teachers.ipynb #aa407523
 def read_json(path:Path) -> dict:
     "The content of a JSON file, or a clear refusal."
     try: d = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: raise AderError(f'there is no file {path}') from None
     except OSError as e: raise AderError(f"can't read {path}: {e.strerror}") from None
-    except ValueError as e: raise AderError(f'{path} is not JSON: {e}') from None
+    except (ValueError, RecursionError) as e: raise AderError(f'{path} is not JSON: {e}') from None
     if not isinstance(d, dict): raise AderError(f'{path} holds a {type(d).__name__}, not a description of a network')
     return d
 
-# %% ../nbs/07_teachers.ipynb #c981cd9a
+# %% ../nbs/07_teachers.ipynb #b4cc6b5d
+def build_for(
+    tensors:dict[str,Tensor], # the weights it will get
+    spec:dict # see `ader.networks.build`
+) -> nn.Module: # with fresh weights
+    "`build`, but first without memory: a file must not ask for a network larger than its weights."
+    if 'robustbench' not in json.dumps(spec):
+        with torch.device('meta'): ghost = build(spec)
+        wrong = [k for k,v in ghost.state_dict().items() if k not in tensors or tensors[k].shape != v.shape]
+        if wrong or len(tensors) != len(ghost.state_dict()): raise AderError(f'the weights are not those of the network that the description names: {", ".join(wrong[:3]) or "there are more of them"}')
+    return build(spec)
+
 def load(
     path:str|Path, # as given to `save`
     into:nn.Module|None=None, # load into this network; default: build it from the description
@@ -305,14 +316,17 @@ def load(
     from safetensors.torch import load as from_bytes
     weights, about = files_of(path)
     d = read_json(about)
-    if not isinstance(d.get('spec'), dict): raise AderError(f'{about} does not say how to build the network')
+    if not isinstance(d.get('spec'), dict) or not isinstance(d.get('card', {}), dict): raise AderError(f'{about} does not say how to build the network')
     try: data = weights.read_bytes()
     except FileNotFoundError: raise AderError(f'there is no file {weights}') from None
     except OSError as e: raise AderError(f"can't read {weights}: {e.strerror}") from None
     if hashlib.sha256(data).hexdigest() != d.get('sha256'):
         raise AderError(f'{weights} is damaged, or not the file that {about.name} describes: its checksum differs; copy or train it again')
-    net = build(d['spec']) if into is None else into
-    try: net.load_state_dict(from_bytes(data))
+    try:
+        tensors = from_bytes(data)
+        net = build_for(tensors, d['spec']) if into is None else into
+        net.load_state_dict(tensors)
+    except AderError: raise
     except Exception as e: raise AderError(f'the weights in {weights} are not those of this network: ' + '; '.join(str(e).split('\n')[1:3]).replace('\t', '')) from None
     net.card = d.get('card', {})
     return net.to(device).eval()
