@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'ZOO_EPS', 'write_all', 'write_whole', 'sweep', 'plain', 
            'activation_map', 'Adopted', 'find_layer', 'Branch', 'adopt', 'careful', 'import_robustbench', 'zoo_entry',
            'zoo_net', 'from_robustbench']
 
-# %% ../nbs/07_teachers.ipynb #458a16b0
+# %% ../nbs/07_teachers.ipynb #d8c003b6
 import difflib, hashlib, io, json, os, random, re, sys, time, torch, warnings
 import numpy as np
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from .attention import Attended, AttentionBlock, AttentionNet, adapted, attend, can_attend, modulate
 from .attacks import Threat, classes_of, frozen
 from .data import AderError, processes
-from .methods import Method, Natural, SAT, TRADES, unwrapped
+from .fast import itself
+from .methods import Method, Natural, SAT, TRADES
 from .networks import Net, archs, build, init_weights, load_published
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import *
@@ -141,7 +142,7 @@ def before_fit(self:Resumable):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e: raise AderError(f'the checkpoints {self.stem}-*.ckpt do not fit this training ({e}); remove them') from None
     if not processes()[0]: print(f'continuing after epoch {self.done} of {self.n_epoch}')
 
-# %% ../nbs/07_teachers.ipynb #03870f4c
+# %% ../nbs/07_teachers.ipynb #0859efe6
 @patch
 def remembering(self:Resumable):
     "Callbacks that have a state of their own."
@@ -151,7 +152,7 @@ def remembering(self:Resumable):
 def state(self:Resumable) -> dict:
     "All that the next epoch depends on."
     r = self.recorder
-    return dict(about=self.about, done=self.epoch+1, seconds=self.seconds + time.perf_counter() - self.start, model=unwrapped(self.model).state_dict(), opt=self.opt.state_dict(),
+    return dict(about=self.about, done=self.epoch+1, seconds=self.seconds + time.perf_counter() - self.start, model=itself(self.model).state_dict(), opt=self.opt.state_dict(),
                 cbs={k: c.state_dict() for k,c in self.remembering().items()}, random=random_state(self.dls),
                 scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else {}, # of fastai's `MixedPrecision`
                 recorder=dict(rows=r.values, lrs=r.lrs, losses=r.losses, iters=r.iters, smooth=(r.smooth_loss.count, r.smooth_loss.val)))
@@ -161,7 +162,7 @@ def restore(self:Resumable, d:dict):
     "Return to the state after the epoch that `d` was written in."
     r, old = self.recorder, d['recorder']
     self.done, self.seconds, self.rows, self.iters = d['done'], d['seconds'], old['rows'], old['iters']
-    unwrapped(self.model).load_state_dict(d['model'])
+    itself(self.model).load_state_dict(d['model'])
     self.opt.load_state_dict(dict(d['opt'], hypers=L(d['opt']['hypers'])) if 'hypers' in d['opt'] else d['opt'])
     if d['scaler']: self.learn.scaler.load_state_dict(d['scaler'])
     for k,c in self.remembering().items(): c.load_state_dict(d['cbs'][k])
@@ -169,7 +170,7 @@ def restore(self:Resumable, d:dict):
     r.smooth_loss.count, r.smooth_loss.val = old['smooth'][0], old['smooth'][1].cpu()
     set_random_state(d['random'], self.dls)
 
-# %% ../nbs/07_teachers.ipynb #75854613
+# %% ../nbs/07_teachers.ipynb #5cc56820
 @patch
 def before_epoch(self:Resumable):
     if self.epoch >= self.done: return
@@ -183,7 +184,7 @@ def after_epoch(self:Resumable):
         return
     n = self.epoch + 1
     if processes()[0] or (n % self.every and n < self.n_epoch): return # of several processes the first writes
-    bad = next((k for k,v in unwrapped(self.model).named_parameters() if not v.isfinite().all()), None) # a last step may have spoilt what the loss has not shown yet
+    bad = next((k for k,v in itself(self.model).named_parameters() if not v.isfinite().all()), None) # a last step may have spoilt what the loss has not shown yet
     if bad: raise AderError(f'{bad} is not finite after epoch {self.epoch}, and no checkpoint of it is kept; try a lower learning rate, or clip the gradients (fastai: GradientClip)')
     write_checkpoint(self.stem.with_name(f'{self.stem.name}-{n:04d}.ckpt'), self.state())
     for f in self.files()[:-2]: f.unlink()
