@@ -111,7 +111,7 @@ def show_attention(
     fig.tight_layout(pad=0.3)
     return fig
 
-# %% ../nbs/02_attention.ipynb #1739a1fb
+# %% ../nbs/02_attention.ipynb #03a6b8fa
 class Adapt(nn.Module):
     "A network for images of another shape: they are brought to the channels, size and normalisation that `net` takes."
     def __init__(self,
@@ -122,7 +122,11 @@ class Adapt(nn.Module):
         std:float|list[float]=1. # divides them then
     ):
         super().__init__()
-        size = [size, size] if isinstance(size, int) else size and [int(o) for o in size]
+        if channels is not None: check_sizes(channels=channels)
+        size = [size, size] if isinstance(size, int) else size
+        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(o, int) and o > 0 for o in size)):
+            raise AderError(f'size must be (height, width) or the side of a square, got {size!r}')
+        size = size and [*size]
         self.net, self.channels, self.size, self.normalize = net, channels, size, Normalize(mean, std)
         self.card = getattr(net, 'card', {})
         if getattr(net, 'spec', None): self.spec = dict(arch='adapt', net=net.spec, channels=channels, size=size, mean=mean, std=std)

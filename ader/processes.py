@@ -35,14 +35,14 @@ class SyncNormCPU(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var*n/(n-1), self.momentum)
         return centred*wide(self.weight*(var + self.eps).rsqrt()) + wide(self.bias)
 
-# %% ../nbs/14_processes.ipynb #8b5408e3
+# %% ../nbs/14_processes.ipynb #518f25f1
 @patch
 def before_fit(self:DistributedTrainer):
     if processes()[1] > 1 and not several(): raise AderError('the processes did not find each other; on CPUs it is distrib_ctx(cpu=True)')
     self.norms = [m for m in self.model.modules() if self.sync_bn and type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
     self.kinds = [type(m) for m in self.norms]
     for m in self.norms: m.__class__, m.process_group = SyncNormCPU if self.accelerator.device.type == 'cpu' else SyncNorm, None
-    self.learn.model = self.accelerator.prepare(self.model)
+    self.learn.model = self.accelerator.prepare(self.model.to(memory_format=torch.channels_last)) # as methods want it; later it would be too late for the buffers of the gradients
     self.old_dls = [*self.dls]
     self.learn.dls.loaders = [self._wrap_dl(dl) for dl in self.dls]
     if processes()[0]: self.learn.logger = lambda *args: None

@@ -47,14 +47,14 @@ some = attention.Attended(torch.zeros(1, 2), torch.ones(1, 1, 2, 2), None)
 KINDS = dict(n=numbers, w=words, t=some_threat, s=st.one_of(st.integers(-2, 9), st.sampled_from([0.5, 2**40, float('nan')])), m=st.floats(-1, 0.3))
 
 @pytest.mark.parametrize('name', CONSTRUCTORS)
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(d=st.data())
 def test_constructors(name, d):
     f, kinds = CONSTRUCTORS[name]
     fits(f, *[d.draw(KINDS[k]) for k in kinds])
 
 @pytest.mark.parametrize('name', methods.methods)
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(d=st.data())
 def test_methods(name, d):
     known = methods.settings_of(methods.methods[name])
@@ -90,7 +90,7 @@ def call(cli, argv):
     return code, out.getvalue(), err.getvalue()
 
 @pytest.mark.parametrize('name', OPTIONS)
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(d=st.data())
 def test_command_lines(name, doors, d):
     "Past the door, or exit code 2 and a line that begins with the command's name; in the folder nothing was left."
@@ -129,7 +129,7 @@ def put(o, path, value):
 
 evil = st.one_of(whatever, st.sampled_from([10**9, 10**20, [10**9]*2, 'attend', 'adapt', 'robustbench', '__import__', dict(arch='small_resnet', width=10**5), dict(arch='wide_resnet', depth=994, widen=1000)]))
 
-@settings(max_examples=120)
+@settings(max_examples=300)
 @given(d=st.data())
 def test_descriptions(saved, tmp_path, d):
     "Something else at any place of the JSON file."
@@ -137,9 +137,9 @@ def test_descriptions(saved, tmp_path, d):
     changed = put(about, d.draw(st.sampled_from(list(places(about)))), d.draw(evil))
     (tmp_path/'t.json').write_text(json.dumps(changed)), (tmp_path/'t.safetensors').write_bytes(weights)
     net = fits(teachers.load, tmp_path/'t')
-    if net is not None: assert isinstance(net.card, dict) and isinstance(net(torch.rand(1,1,8,8)), torch.Tensor)
+    if net is not None: assert isinstance(net.card, dict) and isinstance(fits(net, torch.rand(1,1,8,8)), (torch.Tensor, type(None)))
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(at=st.integers(0, 10**6), new=st.binary(max_size=4), cut=st.integers(0, 4000))
 def test_weights(saved, tmp_path, at, new, cut):
     "Other bytes anywhere, with a checksum that fits them."
@@ -192,7 +192,7 @@ def folder(tmp_path, monkeypatch):
     read.root = root
     return read
 
-@settings(max_examples=80)
+@settings(max_examples=150)
 @given(kind=st.sampled_from(sorted(GOOD)), ext=st.sampled_from(sorted(GOOD)), at=st.integers(0, 300), new=st.binary(max_size=8), cut=st.booleans())
 def test_image_files(folder, kind, ext, at, new, cut):
     "Wrongly named, cut off, or with other bytes."
