@@ -27,11 +27,12 @@ from fastai.callback.core import Callback
 from fastcore.script import anno_parser
 from fastprogress.fastprogress import progress_bar
 
-# %% ../nbs/09_recipes.ipynb #662b7275
+# %% ../nbs/09_recipes.ipynb #0220be31
 def command(f):
     "Make of `f` a command line; the function itself stays as it is."
     @wraps(f)
     def main(argv=None):
+        argv = [re.sub('^--[^=]*', lambda m: '--' + m[0][2:].replace('-', '_'), o) for o in (sys.argv[1:] if argv is None else argv)] # --dry-run is --dry_run
         args = vars(anno_parser(f, prog=f.__name__).parse_args(argv))
         try: f(**{k: v for k,v in args.items() if k in f.__annotations__})
         except AderError as e:
