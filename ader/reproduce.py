@@ -485,7 +485,7 @@ TABLES = {'table1': dict(data=['CIFAR-10', 'CIFAR-100'], attacks=WHITE[:3], titl
     f'fig{n}': dict(data=['CIFAR-10'], student='ResNet-18', maps=maps, attacks=WHITE, title=f'whose attention maps are distilled ({", ".join(maps)})')
     for n,maps in [(2, ['clean', 'both']), (3, ['robust', 'both']), (4, ['none', 'clean', 'robust', 'both'])]}
 
-# %% ../nbs/09b_reproduce.ipynb #e9fb9fc2
+# %% ../nbs/09b_reproduce.ipynb #482f878c
 _trades = step_schedule(100, 0.1, [75, 90])
 _small = 'small_resnet:blocks={},width={},stages=3'
 SCALES = dict(
@@ -495,10 +495,10 @@ SCALES = dict(
         robust={'CIFAR-10': ('wrn_34_10', _trades), 'CIFAR-100': ('wrn_70_16', _trades)},
         schedule=step_schedule(300, 0.1, [215, 260, 285]), evaluate={}, fixed_teachers=True),
     laptop=dict(
-        data={'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, students={'ResNet-18': _small.format(2, 16), 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
-        clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(2, 32), one_cycle(20, 0.2, 128, 'sgd', 5e-4))),
-        robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(2, 32), one_cycle(15, 0.2, 128, 'sgd', 5e-4))),
-        schedule=one_cycle(16, 0.2, 128, 'sgd', 2e-4), evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
+        data={'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, students={'ResNet-18': _small.format(1, 16), 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
+        clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(1, 32), one_cycle(12, 0.1, 128, 'sgd', 5e-4))),
+        robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(1, 32), one_cycle(10, 0.1, 128, 'sgd', 5e-4))),
+        schedule=one_cycle(12, 0.1, 128, 'sgd', 2e-4), evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
     digits=dict(
         data=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], 'digits'), students={'ResNet-18': 'small_resnet:width=16', 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
         clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], ('small_resnet:width=24', one_cycle(15, 1e-2))),
@@ -685,7 +685,7 @@ def plot_table(
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return ax
 
-# %% ../nbs/09b_reproduce.ipynb #abd0b41e
+# %% ../nbs/09b_reproduce.ipynb #e0b3a4eb
 def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict:
     try: seeds = tuple(int(o) for o in str(seeds).split(','))
     except ValueError: raise AderError(f'--seeds is a list like 0 or 0,1,2, got {seeds!r}') from None
@@ -697,7 +697,7 @@ def _tables(table:str) -> list[str]: return list(TABLES) if table == 'all' else 
 
 def ader_reproduce(
     table:str, # table1 to table7, fig2 to fig4, several separated by commas, or all
-    scale:str='digits', # paper: its exact settings, for GPUs and weeks; laptop: CIFAR-10 on two CPU cores, an hour and a half a student; digits: minutes
+    scale:str='digits', # paper: its exact settings, for GPUs and weeks; laptop: CIFAR-10 in about 45 minutes of a CPU core a student; digits: minutes
     only:str=None, # defenses, separated by commas: ADER,RSLAD; default: all of the table
     seeds:str='0', # of everything random, separated by commas
     folder:str='runs', # networks, checkpoints and leases; several processes and machines may share it
