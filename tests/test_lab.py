@@ -21,7 +21,7 @@ def lab(tmp_path_factory):
                           f'--ServerApp.root_dir={root}', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
                          stdout=log, stderr=log, env=env)
     base = f'http://127.0.0.1:{port}'
-    def api(path, method='GET', **body):
+    def api(path, method='GET', /, **body):
         r = Request(f'{base}/api/{path}', json.dumps(body).encode() if body else None, method=method,
                     headers={'Authorization': f'token {TOKEN}', 'Content-Type': 'application/json'})
         with urlopen(r, timeout=30) as f: return json.loads(f.read() or '{}')

@@ -150,9 +150,10 @@ def test_a_phone_opens_the_sidebar(served, browser):
     page = browser.new_page(viewport=dict(width=390, height=844))
     page.goto(f'{served}/attention.html')
     link = page.locator('#quarto-sidebar a', has_text='Losses').first
-    assert not link.is_visible()
+    on_screen = 'e => { const r = e.getBoundingClientRect(); return r.left >= 0 && r.right <= innerWidth && r.height > 0 && e.checkVisibility() }'
+    assert not link.evaluate(on_screen)
     page.locator('.quarto-btn-toggle').first.click()
-    link.wait_for(state='visible', timeout=3000)
+    page.wait_for_function(on_screen, arg=link.element_handle(), timeout=3000)
     link.click()
     page.wait_for_url('**/losses.html')
     page.close()
