@@ -7,7 +7,7 @@ __all__ = ['Uses', 'METHODS', 'AVERAGES', 'ATTENTION', 'methods', 'ROLES', 'Accu
            'Natural', 'SAT', 'TRADES', 'boosted_ce', 'MART', 'Distilled', 'check_share', 'ARD', 'IAD', 'RSLAD', 'AdaAD',
            'MTARD', 'BMTARD', 'ADER', 'parameters_of', 'teachers_of', 'settings_of', 'make_method']
 
-# %% ../nbs/06_methods.ipynb #b485f30a
+# %% ../nbs/06_methods.ipynb #088eb003
 import inspect, torch
 from collections import defaultdict, namedtuple
 from functools import partial
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .attacks import PGD, Threat, ascend, frozen, kl
 from .attention import Attended, adapted, can_attend, look
 from .data import AderError, import_fastai
+from .fast import FrozenCopy, dtype_of, run_in
 from .losses import check_temperature, lesson, mix, soft_kl
 from .weighting import AdaptiveWeight
 import_fastai()
@@ -40,24 +41,27 @@ METHODS = [
     Uses('BMTARD',  'x_adv',         'x', 'x_adv',    False, 'CE(S(x′), y)',   'student',       'Zhao et al. 2024'),
     Uses('ADER',    'x_adv',         'x', 'x_adv',    True,  'CE(S(x′), y)',   'student',       'the paper')]
 
-# %% ../nbs/06_methods.ipynb #bd0672a5
+# %% ../nbs/06_methods.ipynb #57ac77c4
 class Accuracy(Metric):
     "Share of the validation images classified right, under `attack` if there is one."
     def __init__(self,
         name:str, # column of the progress table
-        attack:PGD|None=None # what the images go through first
-    ): self._name, self.attack = name, attack
+        attack:PGD|None=None, # what the images go through first
+        precision:str='auto' # of the attack, see `ader.fast`; the answer is the network's own
+    ): self._name, self.attack, self.precision = name, attack, precision
     @property
     def name(self): return self._name
     @property
     def value(self): return self.right/self.n
-    def reset(self): self.right = self.n = 0
+    def reset(self): self.right = self.n = 0; self.copy = None
     def accumulate(self, learn):
-        pred, y = learn.pred, learn.yb[0]
-        if self.attack: pred = learn.model(self.attack(learn.model, learn.xb[0], y))
+        pred, y, x = learn.pred, learn.yb[0], learn.xb[0]
+        if self.attack:
+            self.copy = self.copy or FrozenCopy(learn.model, x, self.precision)
+            pred = learn.model(self.attack(self.copy, x, y))
         self.right, self.n = self.right + (pred.argmax(-1) == y).sum().item(), self.n + len(y)
 
-# %% ../nbs/06_methods.ipynb #7d55a959
+# %% ../nbs/06_methods.ipynb #70d3999a
 class Method(Callback):
     "Base of all methods: a subclass says how the adversary is made (`adversary`) and what the loss is (`loss`)."
     order = 40 # after mixed precision and distributed training, before the `Recorder`
@@ -69,10 +73,13 @@ class Method(Callback):
         steps:int=10, # gradient steps of the training attack
         step_size:float|None=None, # of the training attack, in pixels; default: ε/4
         branch:float=1., # weight of the branch's own loss in networks with attention; 0: the paper's letter
-        teachers:dict[str,nn.Module]|None=None # teachers by role
+        teachers:dict[str,nn.Module]|None=None, # teachers by role
+        precision:str='auto', # 'float32', 'bfloat16', or 'auto': bfloat16 where the hardware has it; see `ader.fast`
+        compile:bool=False # let `torch.compile` write the kernels of attack and teachers
     ):
         if branch < 0: raise AderError(f'the weight of the branch must not be negative, got {branch}')
         self.threat, self.steps, self.step_size, self.branch, self.teachers = threat, steps, step_size, branch, teachers or {}
+        self.precision, self.compile, self._dtype, self._copies = precision, compile, dtype_of(precision, nn.Flatten()), {}
         self.terms, self.own, self.said, self._real, self._asked = defaultdict(list), L(), '', None, {}
         self.training_attack(threat or Threat()) # refuses bad settings now and not in the middle of the night
 
@@ -83,13 +90,13 @@ class Method(Callback):
 
     def adversary(self, x:Tensor, y:Tensor) -> Tensor|None: # (B, C, H, W), (B,) -> (B, C, H, W)
         "The images that the student is attacked with in this step."
-        return self.attack(self.net, x, y)
+        return self.climb(x, y)
 
     def loss(self, x:Tensor, x_adv:Tensor|None, y:Tensor) -> Tensor:
         "What the student minimises."
         raise NotImplementedError(f'{type(self).__name__} must define `loss(x, x_adv, y)`')
 
-# %% ../nbs/06_methods.ipynb #26da2a36
+# %% ../nbs/06_methods.ipynb #586dcef5
 @patch
 def before_batch(self:Method):
     self._put_back()
@@ -116,6 +123,7 @@ def after_cancel_batch(self:Method): self._put_back()
 @patch
 def _step(self:Method, x, y):
     self._asked.clear()
+    if s := self._copies.get('student'): s.refresh()
     loss = self.loss(x, self.adversary(x, y), y)
     if torch.isfinite(loss): return loss
     if hasattr(self.learn, 'lr_finder'): raise CancelFitException # looking for the learning rate that is too high
@@ -158,7 +166,7 @@ def unverified(
     lines += [f'{which(bad)} verified and found unfit for that'] if bad else []
     return '; '.join(lines).capitalize()
 
-# %% ../nbs/06_methods.ipynb #2def7349
+# %% ../nbs/06_methods.ipynb #16317647
 @patch
 def before_fit(self:Method):
     self._put_back()
@@ -169,15 +177,18 @@ def before_fit(self:Method):
     x = next(iter(self.dls.valid))[0].to(next(self.net.parameters()).device)
     for role,t in self.teachers.items():
         self.teachers[role] = check_teacher(role, t, self.net, x, getattr(self.dls.train.dataset, 'classes', None)).eval()
+    self._dtype = dtype_of(self.precision, self.net)
+    self.net.to(memory_format=torch.channels_last)
+    self._copies = {role: FrozenCopy(net, x, self.precision, self.compile) for role,net in dict(self.teachers, student=self.net).items()}
     if (line := unverified(self.teachers)) and line != self.said: print(line)
     self.said = line
     given = self.learn.metrics.filter(lambda m: m not in self.own) # an interrupted fit leaves ours behind
-    self.own = L(Accuracy('clean'), Accuracy('pgd-10', PGD(threat, 10))) + [ValueMetric(partial(self.mean, k), k) for k in self.shown]
+    self.own = L(Accuracy('clean'), Accuracy('pgd-10', PGD(threat, 10), self.precision)) + [ValueMetric(partial(self.mean, k), k) for k in self.shown]
     self.learn.metrics = given + self.own
 
 @patch
 def after_fit(self:Method):
-    self._asked.clear()
+    self._asked.clear(), self._copies.clear()
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.own)
 
 @patch
@@ -185,18 +196,29 @@ def before_train(self:Method):
     if self._new: self.terms.clear() # a fit begins; validation alone keeps the record
     self._new = False
 
-# %% ../nbs/06_methods.ipynb #ecd74f16
+# %% ../nbs/06_methods.ipynb #8667e4b6
 @patch
 def student(self:Method, x:Tensor) -> Attended:
     "What the student answers, and where it looks."
-    return look(self._net, x)
+    return run_in(self._dtype, partial(look, self._net), x)
 
 @patch
 def teacher(self:Method, role:str, x:Tensor) -> Attended:
     "What the teacher in this role answers, and where it looks."
     if self._asked.get(role, (None,))[0] is not x:
-        with torch.no_grad(): self._asked[role] = x, look(self.teachers[role], x)
+        with torch.no_grad(): self._asked[role] = x, look(self.frozen_copy(role), x)
     return self._asked[role][1]
+
+@patch
+def frozen_copy(self:Method, role:str) -> nn.Module:
+    "The fast copy of the 'student' as it is in this step, or of a teacher; outside a fit the network itself."
+    return self._copies.get(role) or (self.net if role == 'student' else self.teachers[role])
+
+@patch
+def climb(self:Method, x:Tensor, target:Tensor) -> Tensor: # (B, C, H, W), (B,) labels or (B, K) logits -> (B, C, H, W)
+    "The training attack on the student as it is in this step, away from `target`."
+    s = self.frozen_copy('student')
+    with frozen(s): return self.attack.climb(s, x, target)
 
 @patch
 def heads(self:Method, f, *outs:Attended) -> Tensor:
@@ -251,7 +273,7 @@ class SAT(Method):
     "Standard adversarial training (Madry et al. 2018)."
     def loss(self, x, x_adv, y): return self.heads(lambda z: F.cross_entropy(z, y), self.student(x_adv))
 
-# %% ../nbs/06_methods.ipynb #394fa869
+# %% ../nbs/06_methods.ipynb #98fe220b
 class TRADES(Method):
     "Right on clean images, and the same answer nearby (Zhang et al. 2019)."
     start, inner = 'gaussian', 'kl'
@@ -264,8 +286,9 @@ class TRADES(Method):
         self.beta = beta
 
     def adversary(self, x, y):
-        with frozen(self.net), torch.no_grad(): z = self.net(x)
-        return self.attack(self.net, x, z)
+        s = self.frozen_copy('student')
+        with frozen(s), torch.no_grad(): z = s(x)
+        return self.climb(x, z)
 
     def loss(self, x, x_adv, y):
         return self.heads(lambda z, z_adv: F.cross_entropy(z, y) + self.beta*soft_kl(z_adv, z), self.student(x), self.student(x_adv))
@@ -371,7 +394,7 @@ class IAD(Method):
             return (1-self.alpha)*F.cross_entropy(z, y) + self.alpha*soft.mean()
         return self.heads(f, self.student(x), self.student(x_adv))
 
-# %% ../nbs/06_methods.ipynb #585b4672
+# %% ../nbs/06_methods.ipynb #157bd5d2
 class RSLAD(Distilled):
     "The robust teacher's soft labels everywhere, no labels (Zi et al. 2021)."
     start, inner = 'gaussian', 'kl'
@@ -384,14 +407,14 @@ class RSLAD(Distilled):
         check_share('alpha', alpha)
         self.alpha = alpha
 
-    def adversary(self, x, y): return self.attack(self.net, x, self.teacher('robust', x).logits)
+    def adversary(self, x, y): return self.climb(x, self.teacher('robust', x).logits)
 
     def loss(self, x, x_adv, y):
         t = self.teacher('robust', x).logits
         f = lambda z, z_adv: self.alpha*self.kl(z_adv, t) + (1-self.alpha)*self.kl(z, t)
         return self.heads(f, self.student(x), self.student(x_adv))
 
-# %% ../nbs/06_methods.ipynb #45021eb0
+# %% ../nbs/06_methods.ipynb #46298a27
 class AdaAD(Distilled):
     "Agree with the robust teacher where the two disagree most (Huang et al. 2023)."
     start, inner = 'gaussian', 'kl'
@@ -405,8 +428,8 @@ class AdaAD(Distilled):
         self.alpha = alpha
 
     def adversary(self, x, y):
-        a, t = self.attack, self.teachers['robust']
-        with frozen(self.net, t): return ascend(lambda z: kl(self.net(z), t(z)), x, a.threat, a.steps, a.step_size, a.start)
+        a, s, t = self.attack, self.frozen_copy('student'), self.frozen_copy('robust')
+        with frozen(s, t): return ascend(lambda z: kl(s(z), t(z)), x, a.threat, a.steps, a.step_size, a.start)
 
     def loss(self, x, x_adv, y):
         t, t_adv = self.teacher('robust', x).logits, self.teacher('robust', x_adv).logits

@@ -243,7 +243,7 @@ def test_a_teacher_answers_once(net, learner, name, asked):
     learn = learner(m); learn.fit(0)
     r.register_forward_hook(lambda *a: calls.append(1))
     learn.fit(1)
-    assert len(calls) == 1 + 3*asked, 'one question at the door and those of three steps' # AdaAD: two of the attack, two of the loss
+    assert len(calls) == 1 + 3 + 3*asked, 'one question at the door, three for the fast copy, and those of three steps' # AdaAD: two of the attack, two of the loss
     assert m._asked == {}
 
 def test_a_loader_that_repeats_itself(net, learner):
@@ -312,7 +312,7 @@ def test_a_method_of_one_s_own_joins(net, monkeypatch):
         def __init__(self, robust, strength=2., **kwargs): super().__init__(teachers=dict(robust=robust), **kwargs); self.strength = strength
     monkeypatch.setitem(methods, 'Mine', Mine)
     assert make_method('mine', robust=net(), strength=3.).strength == 3
-    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'steps', 'step_size', 'branch', 'strength'}
+    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'precision', 'compile', 'steps', 'step_size', 'branch', 'strength'}
     with pytest.raises(AderError, match='Mine needs a robust teacher'): make_method('mine')
 
 def test_settings():
