@@ -26,7 +26,7 @@ def raw_cell(src): return dict(cell_type='raw', id=None, metadata={}, source=src
 
 def name_of(o): # of a definition; a method added by `@patch` bears the name of its class, too
     patched = any(getattr(d, 'id', '') == 'patch' for d in o.decorator_list)
-    return f'{o.args.args[0].annotation.id}.{o.name}' if patched else o.name
+    return f'{ast.unparse(o.args.args[0].annotation)}.{o.name}' if patched else o.name
 
 def definitions(cell): # names of the functions and classes that a cell defines
     return [name_of(o) for o in ast.parse(cell).body if hasattr(o, 'decorator_list') and o.name[0] != '_']
@@ -67,7 +67,7 @@ def links(nbs): # what a name in backticks leads to
     for nb in nbs:
         for n,a in nb.anchors.items():
             d.setdefault(n, f'{nb.page}.html#{a}')
-            d[f'{nb.module.__name__}.{n}'] = f'{nb.page}.html#{a}'
+            for m in (nb.module.__name__, nb.module.__name__.partition('.')[2]): d[f'{m}.{n}'] = f'{nb.page}.html#{a}' # ader.attacks.PGD, attacks.PGD
         if nb.module: d[nb.module.__name__] = f'{nb.page}.html'
     return d
 

@@ -89,3 +89,21 @@ def test_the_executed_notebook_opens_in_jupyterlab(lab, executed, browser, tmp_p
 def test_lab_opens_at_the_index(lab):
     make = (TOP/'Makefile').read_text()
     assert 'jupyter lab --notebook-dir nbs nbs/index.ipynb' in make and lab('contents/index.ipynb?content=0')['type'] == 'notebook'
+
+def test_the_sliders_move(lab, browser):
+    page = browser.new_page(viewport=dict(width=1280, height=1000))
+    page.goto(f'{lab.base}/lab/tree/04b_explore.ipynb?token={TOKEN}')
+    page.locator('.jp-Notebook h1', has_text='See an attack').first.wait_for(timeout=60000)
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(timeout=60000) # the kernel is there
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    page.keyboard.press('Escape')
+    handle = page.locator('.jp-OutputArea .widget-slider .noUi-handle').first
+    handle.wait_for(state='attached', timeout=120000)
+    handle.scroll_into_view_if_needed()
+    picture = page.locator('.jp-OutputArea img.widget-image').first
+    before = picture.get_attribute('src')
+    handle.focus()
+    for _ in range(20): page.keyboard.press('ArrowRight')
+    page.wait_for_function('([e, was]) => e.src != was', arg=[picture.element_handle(), before], timeout=20000)
+    page.close()

@@ -157,3 +157,31 @@ def test_a_phone_opens_the_sidebar(served, browser):
     link.click()
     page.wait_for_url('**/losses.html')
     page.close()
+
+
+# ---- quarto
+
+def test_quarto_is_used_where_it_is(maker, tmp_path, monkeypatch):
+    fake = tmp_path/'bin'/'quarto' # says what it was called with, and leaves a page where quarto would
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\necho "$@" > "$2/called"\nmkdir "$2/_docs" && echo "<p>made by quarto" > "$2/_docs/index.html"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{fake.parent}:/usr/bin:/bin')
+    monkeypatch.setattr(maker, 'stage', lambda proc: proc.mkdir() or maker.config((TOP/'_quarto.yml').read_text(), NAMES))
+    maker.build(tmp_path/'out', tmp_path/'proc')
+    assert (tmp_path/'proc'/'called').read_text().startswith(f'render {tmp_path/"proc"}')
+    assert 'quarto' in (tmp_path/'out'/'index.html').read_text()
+
+def test_what_quarto_reads_needs_no_number(maker, built):
+    for f in built[1].glob('*.ipynb'):
+        nb = json.loads(f.read_text())
+        assert 'output-file' not in nb['cells'][0]['source'] # the page is called as the notebook
+        for c in nb['cells']:
+            if c['cell_type'] == 'markdown':
+                for to in re.findall(r'\]\((\w+\.ipynb|\w+\.html)[#)]', ''.join(c['source'])): assert (built[1]/to).with_suffix('.ipynb').is_file() or to == 'api.html', (f.name, to)
+
+def test_the_workflow_builds_what_make_builds():
+    w = yaml.safe_load((TOP/'.github'/'workflows'/'docs.yml').read_text())
+    steps = w['jobs']['build']['steps']
+    assert any('quarto-actions/setup' in s.get('uses', '') for s in steps) and any(s.get('run') == 'make docs' for s in steps)
+    assert any('deploy-pages' in s.get('uses', '') for s in w['jobs']['publish']['steps'])
