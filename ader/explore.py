@@ -81,7 +81,7 @@ def live() -> bool: # whether somebody sits at a notebook that shows sliders
     kernel = getattr(get_ipython(), 'kernel', None)
     return bool(getattr(kernel, '_allow_stdin', False)) # a notebook run by a program can't be asked anything
 
-# %% ../nbs/04b_explore.ipynb #4b86e214
+# %% ../nbs/04b_explore.ipynb #afb27fa4
 def _picture(v, y, classes=None): # a view as PNG: image, addition, attention, probabilities
     import matplotlib.pyplot as plt
     names, k = list(classes or range(len(v.p))), int(v.p.argmax())
@@ -113,7 +113,11 @@ def explore(
     norm:str='inf' # of the ball: 'inf' or '2'
 ): # -> sliders with a picture; where nobody can pull them, the matplotlib figure of `attack_strip`
     "Pull ε and the steps of an attack on one image, and see what the network makes of it."
-    if not live(): return attack_strip(net, x, y, [round(eps*o, 4) for o in (0, 0.1, 0.2, 0.4, 0.7, 1)], classes=classes, norm=norm)
+    if not live():
+        import matplotlib.pyplot as plt
+        fig = attack_strip(net, x, y, [round(eps*o, 4) for o in (0, 0.1, 0.2, 0.4, 0.7, 1)], classes=classes, norm=norm)
+        plt.close(fig) # shown once, as the value of the cell
+        return fig
     import ipywidgets as w
     e = w.FloatSlider(0, min=0, max=eps, step=eps/60, description='ε', readout_format='.3f', continuous_update=True)
     s = w.IntSlider(10, min=0, max=steps, description='steps')

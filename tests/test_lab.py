@@ -94,16 +94,17 @@ def test_the_sliders_move(lab, browser):
     page = browser.new_page(viewport=dict(width=1280, height=1000))
     page.goto(f'{lab.base}/lab/tree/04b_explore.ipynb?token={TOKEN}')
     page.locator('.jp-Notebook h1', has_text='See an attack').first.wait_for(timeout=60000)
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(timeout=60000) # the kernel is there
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state='attached', timeout=60000) # the kernel is there
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     page.keyboard.press('Escape')
     handle = page.locator('.jp-OutputArea .widget-slider .noUi-handle').first
     handle.wait_for(state='attached', timeout=120000)
-    handle.scroll_into_view_if_needed()
+    handle.scroll_into_view_if_needed(timeout=20000)
     picture = page.locator('.jp-OutputArea img.widget-image').first
     before = picture.get_attribute('src')
     handle.focus()
     for _ in range(20): page.keyboard.press('ArrowRight')
     page.wait_for_function('([e, was]) => e.src != was', arg=[picture.element_handle(), before], timeout=20000)
+    if os.environ.get('SHOT'): page.screenshot(path=os.environ['SHOT'])
     page.close()
