@@ -324,10 +324,11 @@ def count_params(net:nn.Module) -> int: # parameters, without the running statis
 # %% ../nbs/01_networks.ipynb #73fa2082
 def multiply_adds(
     net:nn.Module, # a network, attended or not, on any device; it is not changed
-    size:int=32 # pixels, height and width of an image
+    size:int|tuple[int,int,int]=32 # pixels, height and width of an image; or (C, H, W)
 ) -> int: # for one image, in convolutions and linear layers
     "How many multiplications (each with an addition) one image costs."
-    x = torch.empty(2, net.in_channels, size, size, device='meta') # two, because batch norm refuses to train on one
+    image = (net.in_channels, size, size) if isinstance(size, int) else size
+    x = torch.empty(2, *image, device='meta') # two, because batch norm refuses to train on one
     ghosts = {k: v.to('meta') for k,v in (*net.named_parameters(), *net.named_buffers())}
     with FlopCounterMode(display=False) as counter, torch.no_grad(): functional_call(net, ghosts, x)
     return counter.get_total_flops()//4 # two images; a multiplication and an addition count as two operations

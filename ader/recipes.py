@@ -36,6 +36,7 @@ def command(
     @wraps(f)
     def main(argv=None):
         if processes()[0] and not together: return
+        argv = [re.sub('^--[^=]*', lambda m: '--' + m[0][2:].replace('-', '_'), o) for o in (sys.argv[1:] if argv is None else argv)] # --dry-run is --dry_run
         args = vars(anno_parser(f, prog=f.__name__).parse_args(argv))
         try: f(**{k: v for k,v in args.items() if k in f.__annotations__})
         except AderError as e:

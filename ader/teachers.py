@@ -228,18 +228,20 @@ def train(
     seed:int=0, # of everything random in the training; the network's first weights are yours
     progress:bool=True, # show a bar and a table
     cbs=None, # more fastai callbacks
-    resume:str|Path|None=None # stem of checkpoints, such as 'out/robust': a killed training continues from the last one
+    resume:str|Path|None=None, # stem of checkpoints, such as 'out/robust': a killed training continues from the last one
+    fit=Learner.fit_one_cycle, # called `fit(learner, epochs, lr)`, for another schedule
+    **kwargs # passed on to `Learner`, for example `opt_func` and `wd`
 ) -> Learner: # after training; its model carries the facts as `.card`
     "Train `net` by `method`, and note on it how."
     if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
     if not lr > 0: raise AderError(f'the learning rate must be above 0, got {lr}')
     seed_everything(seed)
     keep = [Resumable(resume, about=facts(method, net, dls, lr=lr, seed=seed))] if resume else []
-    learn = Learner(dls, net, cbs=[method] + list(L(cbs)) + keep)
+    learn = Learner(dls, net, cbs=[method] + list(L(cbs)) + keep, **kwargs)
     with together(learn) if processes()[1] > 1 and method.shares else nullcontext():
-        if progress: learn.fit_one_cycle(epochs, lr)
+        if progress: fit(learn, epochs, lr)
         else:
-            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+            with learn.no_bar(), learn.no_logging(): fit(learn, epochs, lr)
     net.eval()
     t = method.attack.threat
     net.card = dict(method=type(method).__name__, data=dls.train.dataset.name, classes=dls.train.dataset.classes, image=list(next(iter(dls.valid))[0].shape[1:]),
