@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DECIDES', 'SCHEDULES', 'ATTACKS', 'PAPER_FOUR', 'VERSION', 'SHAPE', 'ROW', 'KNOWN', 'WHITE', 'BLACK', 'PAPER_METHODS',
-           'OURS_TOO', 'MAPS', 'TABLES', 'SCALES', 'STEPS', 'ader_reproduce_cli', 'ader_table_cli', 'one_cycle',
-           'step_schedule', 'a_run', 'run_id', 'run_name', 'needs', 'in_order', 'as_settings', 'as_fit', 'as_attack',
-           'prepare', 'LostLease', 'OutOfTime', 'Lease', 'check_record', 'read_record', 'read_records', 'code_version',
-           'device_name', 'Watch', 'weights_of', 'have_net', 'net_in', 'train_run', 'evaluate_run', 'answers',
-           'perform', 'wanted', 'work', 'words', 'do', 'paper_numbers', 'shorter', 'asked_for', 'plan', 'runs',
-           'Stopwatch', 'time_step', 'estimate', 'dry_run', 'draw', 'how', 'as_markdown', 'plot_table',
-           'ader_reproduce', 'ader_table']
+           'OURS_TOO', 'MAPS', 'TABLES', 'SCALES', 'STEPS', 'ader_reproduce_cli', 'ader_table_cli', 'PIECE',
+           'TEACHER_SIZES', 'ader_paper_cli', 'one_cycle', 'step_schedule', 'a_run', 'run_id', 'run_name', 'needs',
+           'in_order', 'as_settings', 'as_fit', 'as_attack', 'prepare', 'LostLease', 'OutOfTime', 'Lease',
+           'check_record', 'read_record', 'read_records', 'code_version', 'device_name', 'Clock', 'Watch', 'weights_of',
+           'have_net', 'net_in', 'train_run', 'evaluate_run', 'answers', 'perform', 'wanted', 'work', 'words', 'do',
+           'paper_numbers', 'shorter', 'asked_for', 'plan', 'runs', 'Stopwatch', 'time_step', 'estimate', 'dry_run',
+           'draw', 'how', 'as_markdown', 'plot_table', 'ader_reproduce', 'ader_table', 'overview', 'pack', 'unpack',
+           'lent_plan', 'ader_paper']
 
 # %% ../nbs/09b_reproduce.ipynb #71dc0a36
 import hashlib, json, os, platform, random, subprocess, sys, threading, time, torch
@@ -277,18 +278,28 @@ def device_name(device:torch.device) -> str:
     n = torch.get_num_threads()
     return f'{platform.machine()} CPU, {n} thread{"s"*(n > 1)}'
 
-# %% ../nbs/09b_reproduce.ipynb #9281fca4
+# %% ../nbs/09b_reproduce.ipynb #851681e1
+class Clock:
+    "Called between pieces of work: refuses to begin one that would not fit, if it took as long as the longest so far."
+    def __init__(self,
+        until:float|None=None, # seconds since 1970; None: there is time
+        check=lambda: None # called as well; raises to stop
+    ): self.until, self.check, self.last, self.longest = until, check, time.time(), 0.
+    def __call__(self):
+        self.check()
+        self.longest, self.last = max(self.longest, time.time() - self.last), time.time()
+        if self.until and self.last + self.longest > self.until: raise OutOfTime('the time for now is over')
+
 class Watch(Callback):
     "Ends a training when the time is over or the lease is lost."
     order = 70 # after `Resumable`
-    def __init__(self, check, until:float|None=None): self.check, self.until, self.longest = check, until, 0.
-    def before_epoch(self): self.since = time.time()
+    def __init__(self, check=lambda: None, until:float|None=None): self.check, self.clock = check, Clock(until, check)
+    def before_train(self): self.clock.last = time.time() # not before: epochs that are done already take no time
     def after_batch(self):
         self.check()
-        if self.until and time.time() > self.until: raise OutOfTime(f'not even the epoch that was begun fits; an epoch takes more than {time.time() - self.since:.0f} s')
+        if self.clock.until and time.time() > self.clock.until: raise OutOfTime(f'the time for now is over; it was not enough for epoch {self.epoch + 1}, which is begun anew next time')
     def after_epoch(self):
-        self.longest = max(self.longest, time.time() - self.since)
-        if self.until and self.epoch + 1 < self.n_epoch and time.time() + self.longest > self.until: raise OutOfTime(f'{self.epoch + 1} of {self.n_epoch} epochs are done')
+        if self.epoch + 1 < self.n_epoch: self.clock()
 
 # %% ../nbs/09b_reproduce.ipynb #a5044424
 def weights_of(run:dict, folder:str|Path) -> Path:
@@ -349,7 +360,7 @@ def evaluate_run(
     found = static_checks(net, x, y) + attack_checks(net, x, y, threat, seed=run['seed'], tick=tick, via=via) if len(some) else []
     return rows, [dict(name=c.name, ok=bool(c.ok), found=c.found) for c in found]
 
-# %% ../nbs/09b_reproduce.ipynb #709c41ba
+# %% ../nbs/09b_reproduce.ipynb #73ed7721
 def answers(
     record:dict|None, # of the same run, if there is one
     run:dict # with what is asked for
@@ -376,9 +387,7 @@ def perform(
             train_run(run, folder, until, check)
         net = load(weights_of(run, folder))
         dls = data_by_name(run['data'], run['schedule']['bs'], run['seed'], 'cpu' if run['data'] == 'digits' else None)
-        def tick():
-            check()
-            if until and time.time() > until: raise OutOfTime('the evaluation goes on next time')
+        tick = Clock(until, check)
         say(f'{run_name(run)}: evaluation')
         start = time.perf_counter()
         rows, found = evaluate_run(run, net.to(dls.test.dataset.x.device), dls.test, folder, tick)
@@ -391,7 +400,7 @@ def perform(
     write_whole(Path(results)/f'{r["name"]}.json', json.dumps(r, indent=1, ensure_ascii=False).encode())
     return r
 
-# %% ../nbs/09b_reproduce.ipynb #3e9b1a81
+# %% ../nbs/09b_reproduce.ipynb #c6f8bdb1
 def wanted(todo:list, folder, results) -> list[dict]: # in order
     "The runs among `todo` and what they need that are still to be done: no complete record, or no network although another run here needs it."
     done, left, needed = read_records(results), [], set()
@@ -423,7 +432,7 @@ def work(
                 break
             if not all(have_net(o, folder) for o in needs(run)): continue
             with Lease(folder/'leases', run_name(run), **kwargs) as lease:
-                if not lease.take() or not wanted([run], folder, results): continue
+                if not lease.take() or run_id(run) not in map(run_id, wanted(todo, folder, results)): continue # done by others meanwhile
                 try: say(words(perform(run, folder, results, until, lease.check, say)))
                 except AderError as e:
                     failed[run_id(run)] = run_name(run), str(e)
@@ -727,3 +736,125 @@ def ader_table(
     for t in _tables(table): print(as_markdown(t, scale, records, **_options(seeds, only, epochs, images)), flush=True)
 
 ader_reproduce_cli, ader_table_cli = command(ader_reproduce), command(ader_table)
+
+# %% ../nbs/09b_reproduce.ipynb #15aca658
+def overview(
+    records, # from `read_records`, or a list of records
+    attacks:list|None=None # columns; default: all that occur
+) -> pd.DataFrame: # percent ± half the 95% interval
+    "A row a record."
+    records = list(records.values()) if isinstance(records, dict) else list(records)
+    attacks = attacks or list(dict.fromkeys(o['attack'] for r in records for o in r['robustness']))
+    cells = lambda r: {a: _cell([o for o in r['robustness'] if o['attack'] == a]) for a in attacks}
+    return pd.DataFrame([dict(method=r['run']['method'], settings=json.dumps(r['run']['settings']), network=r['run']['net'], epochs=r['run']['schedule']['epochs'], seed=r['run']['seed'],
+                              data=r['source']['data'], **cells(r)) for r in records])
+
+# %% ../nbs/09b_reproduce.ipynb #bc3fede5
+PIECE = 15*2**20 # bytes
+
+def pack(
+    folder:str|Path, # of `work`
+    out:str|Path, # where the pieces go; those that are there already are left
+    size:int=PIECE, # bytes a piece, at most
+    checkpoints:bool=True # the newest of each unfinished training, too
+) -> dict: # file -> its checksum and pieces, as written to out/pieces.json
+    "Copy a folder into files that are small enough to be carried."
+    folder, out, listed = Path(folder), check_out(out), {}
+    files = [f for f in sorted(folder.rglob('*')) if f.is_file() and not f.name.startswith('.') and f.suffix not in ('.lease', '.ckpt')]
+    newest = {f.parent: f for f in sorted(folder.rglob('*.ckpt')) if not f.name.startswith('.')} # the last of each folder is the newest
+    for f in files + list(newest.values())*checkpoints:
+        data = f.read_bytes()
+        sha = hashlib.sha256(data).hexdigest()
+        pieces = {f'{sha[:16]}-{i//size:03d}': data[i:i+size] for i in range(0, max(len(data), 1), size)}
+        for name,o in pieces.items():
+            if not (out/name).exists(): write_whole(out/name, o)
+        listed[f.relative_to(folder).as_posix()] = dict(sha256=sha, pieces=list(pieces))
+    keep = {n for o in listed.values() for n in o['pieces']}
+    for f in out.glob('*-[0-9][0-9][0-9]'):
+        if f.name not in keep: f.unlink()
+    write_whole(out/'pieces.json', json.dumps(listed, indent=1).encode())
+    return listed
+
+def unpack(
+    pieces:str|Path, # a folder that `pack` wrote
+    folder:str|Path # where the files go
+):
+    "Put the files together again; a damaged one is refused before any is written."
+    listed, whole, root = read_json(Path(pieces)/'pieces.json'), {}, Path(folder).resolve()
+    for name,o in listed.items():
+        if not (root/name).resolve().is_relative_to(root): raise AderError(f'{name} would lie outside of {folder}')
+        try: data = b''.join((Path(pieces)/Path(n).name).read_bytes() for n in o['pieces'])
+        except OSError as e: raise AderError(f'a piece of {name} is missing: {e}') from None
+        if hashlib.sha256(data).hexdigest() != o['sha256']: raise AderError(f'the pieces of {name} are damaged: its checksum differs; copy them again')
+        whole[root/name] = data
+    for f,data in whole.items(): write_whole(f, data)
+
+# %% ../nbs/09b_reproduce.ipynb #11334db1
+TEACHER_SIZES = 'wrn_34_10', 'wide_resnet:depth=28,widen=10', 'wide_resnet:depth=34,widen=5', 'wrn_22_6', 'wide_resnet:depth=16,widen=5', 'resnet18' # largest first
+
+def lent_plan(
+    hours:float, # of the machine, altogether
+    data:str, student:str, clean:str, # data and networks
+    robust:list, # candidates for the adversarial teacher, the largest first
+    least:int=30, # epochs of every training
+    bs:int|None=256, # images a batch
+    lr:float=0.2, # peak learning rate
+    seed:int=0, # of everything random
+    settings:dict|None=None, # of every method, for example compile
+    say=partial(print, flush=True) # called with each line
+) -> list[dict]: # runs
+    "What can be done in the time at hand: a third for the adversarial teacher, a fifteenth for the clean one, two fifths for the students, a fifth for judging."
+    one = lambda method, net, epochs, **kwargs: a_run(method, net, data, one_cycle(epochs, lr, bs, 'sgd', 5e-4), seed=seed, settings=settings, scale='gpu', **kwargs)
+    budget, four = 3600*hours, {a: {} for a in PAPER_FOUR}
+    def fits(run, share): # epochs
+        epoch, judged = estimate(dict(run, schedule=dict(run['schedule'], epochs=1)))
+        n = int(share*budget/epoch)
+        say(f'{run["method"]:8s} {run["net"]:30s} {epoch:7.1f} s an epoch, {n} epochs in {share*budget/60:.0f} min')
+        return n
+    for net in robust: # until one is small enough
+        n = fits(one('TRADES', net, 1, evaluate=four), 1/3)
+        if n >= least: break
+    teachers = dict(clean=one('Natural', clean, min(max(fits(one('Natural', clean, 1, evaluate=four), 1/15), least), 200), evaluate=four),
+                    robust=one('TRADES', net, min(max(n, least), 200), evaluate=four))
+    names = ['RSLAD', 'MTARD', 'ADER', *[o for o in OURS_TOO if o != 'MTARD']]
+    n = min(fits(one(m, student, 1, teachers=teachers, evaluate=four), 0.4/len(names)) for m in names)
+    _, judged = estimate(one('ADER', student, 1, teachers=teachers, evaluate=dict(AutoAttack=dict(images=1000))))
+    images = next((k for k in (10_000, 5000, 2000) if judged*k/1000 < 0.2*budget/len(names)), 1000)
+    return in_order([one(m, student, min(max(n, least), 300), teachers=teachers, evaluate=four | dict(AutoAttack=dict(images=images))) for m in names])
+
+# %% ../nbs/09b_reproduce.ipynb #fa9594ab
+def ader_paper(
+    hours:float=8., # of this machine, altogether, that the plan is made for
+    minutes:float=9., # of this call; the same command goes on where it stopped
+    folder:str='paper_runs', # networks, checkpoints, and the plan
+    results:str=None, # where records are read and written; default: 'results' in the folder, so that they are among the pieces
+    pieces:str=None, # folder for copies of everything in pieces below 16 MiB; read first if the folder above is empty
+    weights_only:bool=False, # no checkpoints among the pieces
+    data:str='cifar10', # digits, cifar10, cifar100, or a folder of images with a folder for each class
+    student:str='resnet18', # network of the students
+    clean:str='resnet56', # network of the clean teacher
+    robust:str=' '.join(TEACHER_SIZES), # networks of the adversarial teacher, the largest first; the first that gets its epochs is taken
+    least:int=30, # epochs of every training, whatever the time
+    bs:int=256, # images a batch
+    lr:float=0.2, # peak learning rate of the one-cycle schedule
+    seed:int=0, # of everything random
+    compile:bool=False # let torch.compile write the kernels
+):
+    "Teachers, students by RSLAD, MTARD, ADER and what was made of it, and AutoAttack, on a machine that is lent for minutes at a time."
+    until, plan_file, results = time.time() + 60*minutes, check_out(folder)/'plan.json', results or Path(folder)/'results'
+    if hours <= 0 or minutes <= 0 or least < 1: raise AderError('--hours, --minutes and --least must be above 0')
+    if not plan_file.exists() and pieces and (Path(pieces)/'pieces.json').exists(): unpack(pieces, folder)
+    asked = dict(hours=hours, data=data, student=student, clean=clean, robust=robust.split(), least=least, bs=bs, lr=lr, seed=seed, settings=dict(compile=True) if compile else None)
+    if not plan_file.exists(): write_whole(plan_file, json.dumps(dict(asked=asked, runs=lent_plan(**asked)), indent=1).encode())
+    p = read_json(plan_file)
+    if p['asked'] != asked: raise AderError(f'{plan_file} was made for {p["asked"]}; go on with that, or give another --folder')
+    print('\n'.join(f'{run_name(r):45s} {r["net"]:32s} {r["schedule"]["epochs"]} epochs' for r in p['runs']), flush=True)
+    try:
+        failed = work(p['runs'], folder, results, until)
+        print(to_md(overview([read_records(results)[run_id(r)] for r in p['runs'] if run_id(r) not in failed]).drop(columns='settings').set_index('method')))
+        if failed: raise AderError('; '.join(f'{k}: {v}' for k,v in failed.items()))
+    except OutOfTime as e: print(f'{e}; the same command goes on')
+    finally:
+        if pieces: pack(folder, pieces, checkpoints=not weights_only)
+
+ader_paper_cli = command(ader_paper)
