@@ -6,15 +6,15 @@
 __all__ = ['Attended', 'AttentionBlock', 'modulate', 'AttentionNet', 'attend', 'can_attend', 'look', 'show_attention', 'Adapt',
            'adapted']
 
-# %% ../nbs/02_attention.ipynb #750a1bf6
+# %% ../nbs/02_attention.ipynb #e1cf47e8
 import torch
 from collections import namedtuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import AderError
-from .networks import Net, Normalize, archs, build, conv_bn, init_weights
+from .networks import Net, Normalize, archs, build, check_sizes, conv_bn, init_weights
 
-# %% ../nbs/02_attention.ipynb #272eb074
+# %% ../nbs/02_attention.ipynb #687a9432
 class AttentionBlock(nn.Module):
     "Features to an attention map and the class scores that train it (Sec. 2.1, after Fukui et al. 2019)."
     def __init__(self,
@@ -23,7 +23,7 @@ class AttentionBlock(nn.Module):
         depth:int=1 # number of N×3×3 convolutions
     ):
         super().__init__()
-        if depth < 1: raise AderError(f'the attention block needs at least one convolution, got depth={depth}')
+        check_sizes(channels=channels, classes=classes, depth=depth)
         convs = [m for _ in range(depth) for m in (*conv_bn(channels, channels), nn.ReLU(inplace=True))]
         self.planes = nn.Sequential(*convs, *conv_bn(channels, classes, 1), nn.ReLU(inplace=True))
         self.to_map = nn.Sequential(*conv_bn(classes, 1), nn.Sigmoid())
@@ -111,7 +111,7 @@ def show_attention(
     fig.tight_layout(pad=0.3)
     return fig
 
-# %% ../nbs/02_attention.ipynb #1739a1fb
+# %% ../nbs/02_attention.ipynb #03a6b8fa
 class Adapt(nn.Module):
     "A network for images of another shape: they are brought to the channels, size and normalisation that `net` takes."
     def __init__(self,
@@ -122,7 +122,11 @@ class Adapt(nn.Module):
         std:float|list[float]=1. # divides them then
     ):
         super().__init__()
-        size = [size, size] if isinstance(size, int) else size and [int(o) for o in size]
+        if channels is not None: check_sizes(channels=channels)
+        size = [size, size] if isinstance(size, int) else size
+        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(o, int) and o > 0 for o in size)):
+            raise AderError(f'size must be (height, width) or the side of a square, got {size!r}')
+        size = size and [*size]
         self.net, self.channels, self.size, self.normalize = net, channels, size, Normalize(mean, std)
         self.card = getattr(net, 'card', {})
         if getattr(net, 'spec', None): self.spec = dict(arch='adapt', net=net.spec, channels=channels, size=size, mean=mean, std=std)

@@ -6,10 +6,10 @@
 __all__ = ['STUDENT', 'TEACHER', 'STUDENTS', 'ader_demo_cli', 'ader_teach_cli', 'ader_distill_cli', 'ader_evaluate_cli',
            'command', 'check_out', 'one_thread', 'distil_digits', 'as_paper', 'to_md', 'verdict', 'pictures',
            'demo_facts', 'ader_demo', 'data_by_name', 'net_by_name', 'as_eps', 'EpochLine', 'make_teacher', 'finished',
-           'ader_teach', 'load_teacher', 'ader_distill', 'ader_evaluate']
+           'interruptible', 'ader_teach', 'load_teacher', 'ader_distill', 'ader_evaluate']
 
-# %% ../nbs/09_recipes.ipynb #6e89eec0
-import ast, json, platform, re, sys, tempfile, time, torch
+# %% ../nbs/09_recipes.ipynb #a0c26678
+import ast, json, platform, re, shutil, sys, tempfile, time, torch
 from torch import nn
 import pandas as pd
 from contextlib import contextmanager, nullcontext
@@ -18,20 +18,25 @@ from functools import partial, wraps
 from pathlib import Path
 from .attacks import AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks
 from .attention import attend
-from .data import AderError, as_float, digits
+from .data import AderError, as_float, digits, processes
 from .evaluation import accuracy_curves, compare, measure, page, plot_attention, plot_curves, png, report_page, robustness, verify
 from .methods import ADER, METHODS, TRADES, Natural, make_method
 from .networks import archs, build, small_resnet
-from .teachers import Resumable, TEACHING, files_of, load, save, seed_everything, teach, train, versions, write_whole
+from .teachers import Resumable, TEACHING, checksum, files_of, load, read_json, save, seed_everything, sweep, teach, train, versions, write_whole
 from fastai.callback.core import Callback
 from fastcore.script import anno_parser
 from fastprogress.fastprogress import progress_bar
 
-# %% ../nbs/09_recipes.ipynb #662b7275
-def command(f):
+# %% ../nbs/09_recipes.ipynb #440210a3
+def command(
+    f, # its annotated parameters become options
+    together:bool=False # several processes work on it; else the first of them does it alone
+): # -> function of `argv`
     "Make of `f` a command line; the function itself stays as it is."
     @wraps(f)
     def main(argv=None):
+        if processes()[0] and not together: return
+        argv = [re.sub('^--[^=]*', lambda m: '--' + m[0][2:].replace('-', '_'), o) for o in (sys.argv[1:] if argv is None else argv)] # --dry-run is --dry_run
         args = vars(anno_parser(f, prog=f.__name__).parse_args(argv))
         try: f(**{k: v for k,v in args.items() if k in f.__annotations__})
         except AderError as e:
@@ -229,7 +234,7 @@ def net_by_name(
     norm = dict(mean=[round(o, 4) for o in mean], std=[max(round(o, 4), 1e-3) for o in std])
     return build({'arch': name, 'in_channels': x.shape[1], 'classes': len(dls.train.dataset.classes), **norm, **args})
 
-# %% ../nbs/09_recipes.ipynb #e594c01a
+# %% ../nbs/09_recipes.ipynb #194b702b
 def as_eps(text:str|float) -> float: # in units of pixels in [0, 1]
     "ε as people write it: 0.2 or 8/255."
     try: return float(Fraction(str(text)))
@@ -240,10 +245,11 @@ class EpochLine(Callback):
     order = 55 # after the `Recorder`
     def before_train(self): self.since = time.perf_counter()
     def after_validate(self):
+        if processes()[0]: return
         cells = [f'{k} {v:.4f}' for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.log[1:])]
         print(f'epoch {self.epoch+1:3d} of {self.n_epoch}   {"   ".join(cells)}   {time.perf_counter() - self.since:.1f} s', flush=True)
 
-# %% ../nbs/09_recipes.ipynb #99c05003
+# %% ../nbs/09_recipes.ipynb #18e5f758
 def make_teacher(
     asked:dict, # what was asked for: data, net, method, epochs, lr, bs, eps, seed
     target:Path, # stem of the files
@@ -254,22 +260,36 @@ def make_teacher(
     threat = Threat(dls.train.dataset.eps if asked['eps'] is None else asked['eps'])
     seed_everything(asked['seed'])
     net = attend(net_by_name(asked['net'], dls))
-    say(f'{asked["method"]}, {asked["net"]}, {dls.train.dataset}, ε = {threat.eps:.4g}, on {dls.train.dataset.x.device}')
+    if not processes()[0]: say(f'{asked["method"]}, {asked["net"]}, {dls.train.dataset}, ε = {threat.eps:.4g}, on {dls.train.dataset.x.device}')
     tty, method = sys.stdout.isatty(), TEACHING[asked['method']](threat=threat)
     learn = train(method, net, dls, asked['epochs'], asked['lr'], asked['seed'], progress=tty, cbs=None if tty else EpochLine(), resume=target)
     return dls, learn.model, learn.resumable.seconds + time.perf_counter() - learn.resumable.start
 
-# %% ../nbs/09_recipes.ipynb #0c66ccfb
-def finished(asked:dict, target:Path):
-    "The teacher that this very command has made before, or None; another one is not overwritten."
-    if not files_of(target)[1].exists(): return None
-    teacher = load(target)
-    there = teacher.card.get('asked') or {}
-    if there == asked: return teacher
-    other = '; '.join(f'{k} {there.get(k)}, not {v}' for k,v in asked.items() if there.get(k) != v)
-    raise AderError(f'{files_of(target)[1]} is another teacher ({other}); give another --out, or --fresh to replace it')
+# %% ../nbs/09_recipes.ipynb #25c29cd1
+def finished(
+    asked:dict, # what is asked for now
+    target:Path, # stem of the files
+): # -> the network that this very command has made before, or None; another one is not overwritten
+    "What is there already."
+    about = files_of(target)[1]
+    if not about.exists(): return None
+    card = read_json(about).get('card')
+    there = (card if isinstance(card, dict) else {}).get('asked') or {}
+    if there != asked:
+        other = '; '.join(f'{k} {there.get(k)}, not {v}' for k,v in asked.items() if there.get(k) != v)
+        raise AderError(f'{about} is another {target.name} ({other}); give another --out, or --fresh to replace it')
+    try: return load(target)
+    except AderError as e: print(f'{e}; it is made again') # killed between the two files
 
-# %% ../nbs/09_recipes.ipynb #42ef9f89
+@contextmanager
+def interruptible():
+    "Ctrl-C is a way to stop a training, not an error."
+    try: yield
+    except KeyboardInterrupt:
+        print('\ninterrupted; the same command continues after the last whole epoch')
+        sys.exit(130)
+
+# %% ../nbs/09_recipes.ipynb #30b40a2a
 def ader_teach(
     data:str='digits', # digits, cifar10, cifar100, or a folder of images with a folder for each class
     net:str='small_resnet', # network, with arguments after a colon: small_resnet:width=32,blocks=2
@@ -294,23 +314,20 @@ def ader_teach(
     elif (teacher := finished(asked, target)) is not None:
         print(f'{files_of(target)[0]} is there already, made by this very command; --fresh makes it anew\n{teacher.card["verified"]["words"]}')
         return
-    try:
-        with one_thread() if data == 'digits' else nullcontext():
-            dls, teacher, seconds = make_teacher(asked, target)
-            v = verify(teacher, dls.test, Threat(teacher.card['threat']['eps']), images=images or None, seed=seed, progress=sys.stdout.isatty())
-    except KeyboardInterrupt:
-        print('\ninterrupted; the same command continues after the last whole epoch')
-        sys.exit(130)
+    with interruptible(), one_thread() if data == 'digits' else nullcontext():
+        dls, teacher, seconds = make_teacher(asked, target)
+        if processes()[0]: return # the first one judges and writes
+        v = verify(teacher, dls.test, Threat(teacher.card['threat']['eps']), images=images or None, seed=seed, progress=sys.stdout.isatty())
     teacher.card['asked'] = asked
     save(teacher, target)
     record = dict(asked, spec=teacher.spec, card=teacher.card, seconds=round(seconds, 1), machine=platform.machine(), python=platform.python_version())
     write_whole(check_out(out)/'record.json', json.dumps(record, indent=1, ensure_ascii=False).encode())
-    Resumable(target).clear()
+    Resumable(target).clear(), sweep(target.parent)
     print(f'\n{v}\n\nThe teacher is in {files_of(target)[0]}')
 
-ader_teach_cli = command(ader_teach)
+ader_teach_cli = command(ader_teach, together=True)
 
-# %% ../nbs/09_recipes.ipynb #103bbca6
+# %% ../nbs/09_recipes.ipynb #7aed4190
 def load_teacher(role:str, path:str|None) -> nn.Module|None:
     "A saved teacher, or none."
     if path is None: return None
@@ -330,26 +347,34 @@ def ader_distill(
     seed:int=0, # of everything random
     out:str='student', # folder to write to
     images:int=1000, # test images to judge on; 0: all
+    fresh:bool=False, # start anew; default: continue where a killed run stopped
     list:bool=False # show the methods and what they use, and do nothing
 ):
-    "Train a student by any method, judge it, and save it with its report."
+    "Train a student by any method, judge it, and save it with its report. A killed run continues when the same command is given again."
     if list: return print(to_md(pd.DataFrame(METHODS).set_index("method")))
     if seed < 0 or images < 0: raise AderError('--seed and --images must not be negative')
-    threat = None if eps is None else Threat(as_eps(eps))
-    m = make_method(method, load_teacher('clean', clean), load_teacher('robust', robust), threat)
-    out = check_out(out)
-    with one_thread() if data == 'digits' else nullcontext():
+    if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
+    teachers = [load_teacher(*o) for o in (('clean', clean), ('robust', robust))]
+    m = make_method(method, *teachers, None if eps is None else Threat(as_eps(eps)))
+    asked = dict(method=type(m).__name__, student=student, data=data, epochs=epochs, lr=lr, bs=bs, eps=None if eps is None else as_eps(eps), seed=seed,
+                 **{k: t and checksum(t) for k,t in zip(('clean', 'robust'), teachers)})
+    target, tty = check_out(out)/'student', sys.stdout.isatty()
+    if fresh: Resumable(target).clear()
+    elif (net := finished(asked, target)) is not None:
+        return print(f'{files_of(target)[0]} is there already, made by this very command; --fresh makes it anew\n{net.card["test"]["verdict"]}')
+    with interruptible(), one_thread() if data == 'digits' else nullcontext():
         dls = data_by_name(data, bs, seed)
         seed_everything(seed)
         net = attend(net_by_name(student, dls))
-        train(m, net, dls, epochs, lr, seed, progress=sys.stdout.isatty(), cbs=None if sys.stdout.isatty() else EpochLine())
-        save(net, out/'student')
-        r = robustness(net, dls.test, threat=m.attack.threat, images=images or None, seed=seed, progress=sys.stdout.isatty())
-    save(net, out/'student', test={**r.table.set_index('attack').accuracy.to_dict(), 'images': len(r.y), 'verdict': r.verdict})
-    write_whole(out/'report.html', report_page(r, f'{type(m).__name__} on {r.facts["data"]}').encode())
-    print(f'\n{r}\n\nThe student is in {out/"student.safetensors"}, its report in {out/"report.html"}')
+        train(m, net, dls, epochs, lr, seed, progress=tty, cbs=None if tty else EpochLine(), resume=target)
+        if processes()[0]: return # the first one judges and writes
+        r = robustness(net, dls.test, threat=m.attack.threat, images=images or None, seed=seed, folder=target.parent/'progress', progress=tty)
+    write_whole(target.with_name('report.html'), report_page(r, f'{type(m).__name__} on {r.facts["data"]}').encode())
+    save(net, target, asked=asked, test={**r.table.set_index('attack').accuracy.to_dict(), 'images': len(r.y), 'verdict': r.verdict})
+    Resumable(target).clear(), sweep(target.parent), shutil.rmtree(target.parent/'progress')
+    print(f'\n{r}\n\nThe student is in {files_of(target)[0]}, its report in {target.with_name("report.html")}')
 
-ader_distill_cli = command(ader_distill)
+ader_distill_cli = command(ader_distill, together=True)
 
 # %% ../nbs/09_recipes.ipynb #52e332b8
 def ader_evaluate(

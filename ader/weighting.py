@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['AdaptiveWeight', 'ConstantWeight', 'AnnealedWeight']
 
-# %% ../nbs/05_weighting.ipynb #bc09f384
+# %% ../nbs/05_weighting.ipynb #fd68cbd9
 import math, torch
 from torch import Tensor
-from .data import AderError
+from .data import AderError, average
 
-# %% ../nbs/05_weighting.ipynb #c5efe99b
+# %% ../nbs/05_weighting.ipynb #434685b9
 class AdaptiveWeight:
     "ω by how much of each teacher's lesson remains (Eqs. 9 and 10)."
     def __init__(self,
@@ -33,7 +33,7 @@ class AdaptiveWeight:
         l_adv:Tensor, # scalar, loss of the adversarial teacher's lesson at this step
         pct:float=0. # how much of the training is done, 0 to 1; not used here
     ) -> Tensor: # scalar ω, the weight of the clean teacher
-        now = torch.stack([l_clean, l_adv]).detach().clamp_min(0) # rounding may bring a divergence of 0 below it
+        now = average(torch.stack([l_clean, l_adv]).detach()).clamp_min(0) # rounding may bring a divergence of 0 below it
         self.first = now if self.first is None else torch.where(self.first > 0, self.first, now)
         log_r = self.beta * torch.where(self.first > 0, now/self.first, 0.).log()
         target = torch.sigmoid(log_r[0] - log_r[1]).nan_to_num(0.5)

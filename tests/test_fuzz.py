@@ -1,0 +1,236 @@
+"Whatever is typed, given or lies in a file: success, or one sentence of `AderError`; no traceback from the depths, no hang, no half-written file, no code from elsewhere."
+import copy, hashlib, io, json, os, struct, warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch import nn
+from ader import attacks, attention, data, evaluation, losses, methods, networks, recipes, teachers, weighting
+from ader.data import AderError
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+numbers = st.one_of(st.sampled_from([0, 1, -1, 2, 0.5, -0.5, 1e-30, 1e30, float('nan'), float('inf'), -float('inf'), 2**40, -2**40]), st.integers(-5, 70), st.floats(-3, 3))
+words = st.one_of(st.sampled_from(['', 'inf', '2', 'x_adv', 'T||S', 'sum', 'softmax', 'both', 'uniform', 'ce', 'kl', 'batch', 'branch', 'trades', 'ä/\0', '../x']), st.text(max_size=6))
+whatever = st.one_of(numbers, words, st.none(), st.booleans(), st.lists(numbers, max_size=3), st.dictionaries(words, numbers, max_size=2))
+sentence = lambda e: str(e).strip() and '\nTraceback' not in str(e) and len(str(e)) > 8
+
+def fits(f, *args, **kwargs):
+    "The result, or None for a refusal."
+    try: return f(*args, **kwargs)
+    except AderError as e: assert sentence(e)
+
+
+# Constructors
+
+Net = lambda: attention.attend(networks.small_resnet(width=2))
+images = lambda n=4: data.Images(torch.rand(n,1,8,8), torch.arange(n) % 2, ['a', 'b'])
+def threat(v): return fits(attacks.Threat, *v)
+some_threat = st.tuples(numbers, st.sampled_from(['inf', '2'])).map(threat).map(lambda o: o or attacks.Threat())
+
+CONSTRUCTORS = { # name -> (function of the drawn numbers and words, how many of each)
+    'Threat': (attacks.Threat, 'nwnn'), 'FGSM': (lambda t: attacks.FGSM(t), 't'), 'PGD_sat': (attacks.PGD_sat, 'tn'), 'PGD_trades': (attacks.PGD_trades, 'tn'), 'CW_inf': (attacks.CW_inf, 'tn'),
+    'PGD': (lambda t, n, s, a, b, r: attacks.PGD(t, n, s, a, b, restarts=r), 'tnnwwn'), 'Square': (attacks.Square, 'tn'), 'AutoAttack': (attacks.AutoAttack, 'tw'), 'Transfer': (lambda w: attacks.Transfer(w), 'w'),
+    'AdaptiveWeight': (weighting.AdaptiveWeight, 'nn'), 'ConstantWeight': (weighting.ConstantWeight, 'n'), 'AnnealedWeight': (weighting.AnnealedWeight, 'nn'),
+    'RandomCrop': (data.RandomCrop, 'n'), 'RandomFlip': (data.RandomFlip, 'n'), 'Cutout': (data.Cutout, 'n'),
+    'Batches': (lambda bs, seed: len(data.Batches(images(), bs, seed=seed)), 'nn'), 'digits': (lambda bs, seed: data.digits(bs, seed=seed, device='cpu'), 'nn'),
+    'Images': (lambda eps, n: data.Images(torch.rand(4,1,8,8), torch.tensor([0,1,0,1]), ['a', 'b'], eps=eps) if n else data.Images(torch.full((1,1,2,2), eps), torch.tensor([0]), ['a']), 'nn'),
+    'small_resnet': (networks.small_resnet, 'sssssnn'), 'wide_resnet': (lambda d, w, i, c, v: networks.wide_resnet(d, w, i, c, v), 'ssssw'), 'mobilenet_v2': (lambda i, c, m, v: networks.mobilenet_v2(i, c, m, variant=v), 'ssmw'),
+    'AttentionBlock': (attention.AttentionBlock, 'sss'), 'attend': (lambda n: attention.attend(networks.small_resnet(width=2), n), 's'), 'Adapt': (lambda c, s, m, d: attention.Adapt(Net(), c, s, m, d), 'ssnn'),
+    'Adopted': (lambda w, c, k, d: teachers.Adopted(networks.small_resnet(width=2), w, c, k, d), 'wsss'),
+    'Resumable': (teachers.Resumable, 'wn'), 'lesson': (lambda *a: losses.lesson(some, some, *a), 'nnwwnw'), 'soft_kl': (lambda t, d: losses.soft_kl(some.logits, some.logits, t, d), 'nw'),
+    'distillation_loss': (lambda a, t, d: losses.distillation_loss(some.logits, some.logits, torch.tensor([0]), a, t, d), 'nnw'),
+    'build': (lambda w, *a: networks.build(dict(zip(['arch', 'width', 'blocks', 'classes'], [w or 'small_resnet', *a]))), 'wsss'),
+}
+some = attention.Attended(torch.zeros(1, 2), torch.ones(1, 1, 2, 2), None)
+KINDS = dict(n=numbers, w=words, t=some_threat, s=st.one_of(st.integers(-2, 9), st.sampled_from([0.5, 2**40, float('nan')])), m=st.floats(-1, 0.3))
+
+@pytest.mark.parametrize('name', CONSTRUCTORS)
+@settings(max_examples=40)
+@given(d=st.data())
+def test_constructors(name, d):
+    f, kinds = CONSTRUCTORS[name]
+    fits(f, *[d.draw(KINDS[k]) for k in kinds])
+
+@pytest.mark.parametrize('name', methods.methods)
+@settings(max_examples=40)
+@given(d=st.data())
+def test_methods(name, d):
+    known = methods.settings_of(methods.methods[name])
+    pool = {k: words if isinstance(v, str) else st.lists(numbers, max_size=3).map(tuple) if isinstance(v, tuple) else st.none() if k in ('weight', 'threat') else numbers for k,v in known.items()}
+    names = d.draw(st.lists(st.sampled_from([*known, 'nonsense']), unique=True, max_size=4))
+    fits(methods.make_method, name, Net(), d.draw(st.sampled_from([Net(), None])), **{k: d.draw(pool.get(k, numbers)) for k in names})
+
+
+# Command lines
+
+class Reached(Exception): "The command got past its doors."
+
+VALUES = st.one_of(numbers.map(str), st.sampled_from(['', '8/255', '1/0', 'nan', '1e999', '--', 'small_resnet', 'small_resnet:width=', 'small_resnet:width=[1]', 'small_resnet:width=99999999999', 'wide_resnet:depth=[', 'resnet18:x=y',
+                                                      'mobilenet_v2:width_mult=nan', 'digits', '/dev/null', '/', '.', 'ADER', 'RSLAD', 'natural', 'nobody.json', '/proc/1/mem', ',', 'a' * 300]), st.text(max_size=5).filter(lambda s: '\ud800' > s[:1] or True))
+OPTIONS = dict(teach='data net method epochs lr bs eps seed images', distill='method student clean robust data epochs lr bs eps seed images', evaluate='data eps norm images transfer queries seed', demo='eps epochs seed')
+
+@pytest.fixture
+def doors(monkeypatch, tmp_path):
+    "Everything that takes long stops the command instead: it got in."
+    def reached(*args, **kwargs): raise Reached
+    for f in ('train', 'robustness', 'distil_digits', 'verify'): monkeypatch.setattr(recipes, f, reached)
+    monkeypatch.chdir(tmp_path)
+    teachers.save(Net(), tmp_path/'t')
+    return tmp_path
+
+def call(cli, argv):
+    "Exit code, or 'in', and what it says."
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try: code = cli(argv) or 0
+        except Reached: code = 'in'
+        except SystemExit as e: code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+@pytest.mark.parametrize('name', OPTIONS)
+@settings(max_examples=150)
+@given(d=st.data())
+def test_command_lines(name, doors, d):
+    "Past the door, or exit code 2 and a line that begins with the command's name; in the folder nothing was left."
+    names = d.draw(st.lists(st.sampled_from(OPTIONS[name].split()), unique=True, max_size=3))
+    argv = [o for k in names for o in (f'--{k}', d.draw(VALUES))] + ['--out', str(doors/'out')]
+    if name == 'evaluate': argv.insert(0, d.draw(st.one_of(VALUES, st.just('t.json'))))
+    before = {o: o.read_bytes() for o in doors.iterdir() if o.is_file()}
+    code, out, err = call(getattr(recipes, f'ader_{name}_cli'), argv)
+    assert code in ('in', 2), (argv, code)
+    if code == 2: assert err.strip().splitlines()[-1].startswith(f'ader_{name}: ') and 'Traceback' not in err, err
+    assert {o: o.read_bytes() for o in doors.iterdir() if o.is_file()} == before
+    assert not (doors/'out').exists() or [o for o in (doors/'out').rglob('*') if o.is_file()] == []
+
+
+# Files from elsewhere
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    d = tmp_path_factory.mktemp('saved')
+    t = attention.Adapt(Net(), 1, 8)
+    t.card = dict(classes=list('ab'), image=[1,8,8], threat=dict(eps=0.2, norm='inf'))
+    teachers.save(t, d/'t')
+    return json.loads((d/'t.json').read_text()), (d/'t.safetensors').read_bytes()
+
+def places(o, path=()):
+    "The way to everything inside."
+    yield path
+    for k,v in (o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()): yield from places(v, (*path, k))
+
+def put(o, path, value):
+    "A copy with `value` at that place; at the top, `value` itself."
+    if not path: return value
+    o = copy.copy(o)
+    o[path[0]] = put(o[path[0]], path[1:], value)
+    return o
+
+evil = st.one_of(whatever, st.sampled_from([10**9, 10**20, [10**9]*2, 'attend', 'adapt', 'robustbench', '__import__', dict(arch='small_resnet', width=10**5), dict(arch='wide_resnet', depth=994, widen=1000)]))
+
+@settings(max_examples=300)
+@given(d=st.data())
+def test_descriptions(saved, tmp_path, d):
+    "Something else at any place of the JSON file."
+    about, weights = saved
+    changed = put(about, d.draw(st.sampled_from(list(places(about)))), d.draw(evil))
+    (tmp_path/'t.json').write_text(json.dumps(changed)), (tmp_path/'t.safetensors').write_bytes(weights)
+    net = fits(teachers.load, tmp_path/'t')
+    if net is not None: assert isinstance(net.card, dict) and isinstance(fits(net, torch.rand(1,1,8,8)), (torch.Tensor, type(None)))
+
+@settings(max_examples=150)
+@given(at=st.integers(0, 10**6), new=st.binary(max_size=4), cut=st.integers(0, 4000))
+def test_weights(saved, tmp_path, at, new, cut):
+    "Other bytes anywhere, with a checksum that fits them."
+    about, weights = saved
+    at %= len(weights) if cut % 2 else 600 # the header is at the beginning
+    weights = (weights[:at] + new + weights[at+len(new):])[:len(weights) - (cut if cut > 2000 else 0)]
+    (tmp_path/'t.json').write_text(json.dumps(about | dict(sha256=hashlib.sha256(weights).hexdigest()))), (tmp_path/'t.safetensors').write_bytes(weights)
+    fits(teachers.load, tmp_path/'t')
+    fits(networks.load_published, networks.small_resnet(width=2), tmp_path/'t.safetensors', 0, 1)
+
+@settings(max_examples=40)
+@given(junk=st.binary(max_size=60), at=st.integers(0, 5000))
+def test_published_weights(tmp_path, junk, at):
+    "A file of torch with other bytes somewhere."
+    f, buf = tmp_path/'w.pth', io.BytesIO()
+    torch.save(networks.small_resnet(width=2).state_dict(), buf)
+    b = buf.getvalue()
+    f.write_bytes(b[:at] + junk + b[at+len(junk):])
+    fits(networks.load_published, networks.small_resnet(width=2), f, 0, 1)
+
+def test_deep_json(tmp_path):
+    (tmp_path/'t.json').write_text('{"spec":'*100_000)
+    with pytest.raises(AderError, match='is not JSON'): teachers.load(tmp_path/'t')
+    spec = dict(arch='small_resnet')
+    for _ in range(400): spec = dict(arch='adapt', net=spec)
+    (tmp_path/'t.json').write_text(json.dumps(dict(spec=spec, sha256=hashlib.sha256(b'').hexdigest()))), (tmp_path/'t.safetensors').write_bytes(b'')
+    with pytest.raises(AderError): teachers.load(tmp_path/'t')
+
+
+def encode(fmt, mode='RGB', size=(8, 8), **kwargs):
+    buf = io.BytesIO()
+    Image.new(mode, size, 100).save(buf, fmt, **kwargs)
+    return buf.getvalue()
+
+GOOD = {'png': encode('PNG'), 'jpg': encode('JPEG'), 'gif': encode('GIF', 'P'), 'bmp': encode('BMP'), 'tiff': encode('TIFF'), 'webp': encode('WEBP'), 'ppm': encode('PPM')}
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "A folder of two classes; a function that adds a file and reads all."
+    monkeypatch.setenv('ADER_CACHE', str(tmp_path/'cache'))
+    root = tmp_path/'images'
+    for c in 'ab':
+        (root/c).mkdir(parents=True)
+        for i in range(4): (root/c/f'{i}.png').write_bytes(encode('PNG'))
+    def read(name, content):
+        f = root/name
+        f.write_bytes(content)
+        try: return fits(data.image_folder, root, device='cpu')
+        finally: f.unlink()
+    read.root = root
+    return read
+
+@settings(max_examples=150)
+@given(kind=st.sampled_from(sorted(GOOD)), ext=st.sampled_from(sorted(GOOD)), at=st.integers(0, 300), new=st.binary(max_size=8), cut=st.booleans())
+def test_image_files(folder, kind, ext, at, new, cut):
+    "Wrongly named, cut off, or with other bytes."
+    b = GOOD[kind]
+    b = b[:at] if cut else b[:at] + new + b[at+len(new):]
+    dls = folder(f'a/x.{ext}', b)
+    if dls: assert sum(len(o.dataset) for o in dls.loaders) == 9
+
+def bomb():
+    "A PNG of 20,000 × 20,000 pixels in a few hundred KB."
+    import zlib
+    chunk = lambda k, d: struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 11_000, 11_000, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
+
+def test_odd_images(folder, capfd):
+    "16 bits, animated, transparent, one pixel, are read; huge, zero bytes, a program for a printer, text, are named."
+    animated = io.BytesIO()
+    Image.new('P', (8, 8)).save(animated, 'GIF', save_all=True, append_images=[Image.new('P', (8, 8), 9)]*3)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep, 'PNG')
+    for b in (deep.getvalue(), animated.getvalue(), encode('PNG', 'RGBA'), encode('PNG', size=(1, 1)), encode('PNG', 'LA'), encode('JPEG', 'CMYK')): assert folder('a/x.png', b)
+    for b in (b'', b'hello', bomb(), b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(touched) (w) file\n'):
+        with pytest.raises(AderError, match='1 of the 9 images .*a/x.png'):
+            (folder.root/'a'/'x.png').write_bytes(b)
+            data.image_folder(folder.root, device='cpu')
+        (folder.root/'a'/'x.png').unlink()
+    assert capfd.readouterr() == ('', '') # nor a stray bar
+
+@pytest.mark.parametrize('where', ['../../secret.png', '/etc/hostname', '..', '.'])
+def test_links_out_of_the_folder(folder, tmp_path, where):
+    (tmp_path/'secret.png').write_bytes(encode('PNG'))
+    os.symlink(where, folder.root/'a'/'x.png')
+    with pytest.raises(AderError, match='is a link'): data.image_folder(folder.root, device='cpu')
+
+def test_names_lead_nowhere_else(doors):
+    "What is written by ader_evaluate is named after what it judges, and stays in its folder."
+    sub = doors/'..evil'
+    sub.mkdir()
+    for n in ('..', '.x'): fits(teachers.save, Net(), sub/f'{n}t')
+    code, out, err = call(recipes.ader_evaluate_cli, [f'{sub}/..t,{sub}/.xt', '--out', str(doors/'out')])
+    assert code in ('in', 2) and {o.name for o in doors.iterdir()} == {'t.json', 't.safetensors', '..evil', 'out'}
