@@ -6,7 +6,7 @@ WHEEL_READY := .venv-wheel/ready
 # Small networks gain nothing from more threads, and two workers with two threads each on two cores wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test lab readme notebooks-in-step wheel clean
+.PHONY: demo test lab docs docs-serve readme notebooks-in-step wheel clean
 
 demo: $(READY)
 	$(BIN)/ader_demo $(ARGS)
@@ -18,6 +18,15 @@ test: $(READY) notebooks-in-step
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb
+
+# The site in _docs/, with quarto when it is on the PATH, else with smalldocs.
+docs: $(READY)
+	$(BIN)/python .ci/site.py
+
+PORT ?= 8000
+docs-serve: docs
+	@echo "the site is at http://127.0.0.1:$(PORT)/ (another port: make docs-serve PORT=8001); stop with Ctrl-C"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
 
 $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

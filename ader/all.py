@@ -15,6 +15,7 @@ from .weighting import *
 from .methods import *
 from .teachers import *
 from .evaluation import *
+from .explore import attack_strip, explore
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 __all__ = [o for o in dir() if o[0] != '_']

@@ -111,7 +111,7 @@ def show_attention(
     fig.tight_layout(pad=0.3)
     return fig
 
-# %% ../nbs/02_attention.ipynb #03a6b8fa
+# %% ../nbs/02_attention.ipynb #42cb3334
 class Adapt(nn.Module):
     "A network for images of another shape: they are brought to the channels, size and normalisation that `net` takes."
     def __init__(self,
@@ -124,8 +124,8 @@ class Adapt(nn.Module):
         super().__init__()
         if channels is not None: check_sizes(channels=channels)
         size = [size, size] if isinstance(size, int) else size
-        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(o, int) and o > 0 for o in size)):
-            raise AderError(f'size must be (height, width) or the side of a square, got {size!r}')
+        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(o, int) and 0 < o <= 10_000 for o in size)):
+            raise AderError(f'size must be (height, width) or the side of a square, each at most 10,000 pixels; got {size!r}')
         size = size and [*size]
         self.net, self.channels, self.size, self.normalize = net, channels, size, Normalize(mean, std)
         self.card = getattr(net, 'card', {})

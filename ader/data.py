@@ -141,7 +141,7 @@ class Cutout:
         H, W = x.shape[-2:]
         return x.masked_fill(hidden(H)[:,None,:,None] & hidden(W)[:,None,None,:], 0)
 
-# %% ../nbs/00_data.ipynb #b8d7ab2d
+# %% ../nbs/00_data.ipynb #e1efd0cc
 class Batches:
     "Batches of `ds`, made by indexing on the device that holds it."
     def __init__(self,
@@ -166,6 +166,9 @@ class Batches:
         out = copy.copy(self)
         out.share = rank, of
         return out
+
+    @property
+    def fake_l(self): raise AderError("fastai can't share these images among processes unless told how: from ader.processes import *") # it asks for this when it tries
 
     @property
     def sizes(self) -> list[int]: # images of each batch, of all processes together

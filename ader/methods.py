@@ -8,7 +8,7 @@ __all__ = ['Uses', 'METHODS', 'AVERAGES', 'ATTENTION', 'methods', 'ROLES', 'whol
            'Distilled', 'check_share', 'ARD', 'IAD', 'RSLAD', 'AdaAD', 'MTARD', 'BMTARD', 'ADER', 'sureness',
            'temperature_for', 'ADERPlus', 'parameters_of', 'teachers_of', 'settings_of', 'make_method']
 
-# %% ../nbs/06_methods.ipynb #b797271f
+# %% ../nbs/06_methods.ipynb #57c42796
 import inspect, torch
 from collections import defaultdict, namedtuple
 from contextlib import nullcontext
@@ -113,7 +113,7 @@ class Method(Callback):
         "What the student minimises."
         raise NotImplementedError(f'{type(self).__name__} must define `loss(x, x_adv, y)`')
 
-# %% ../nbs/06_methods.ipynb #375a6d18
+# %% ../nbs/06_methods.ipynb #b792e47e
 class _Step(Callback):
     "Takes the model's place when all other callbacks have had their say, so that an interrupt in one of them finds the student where it was."
     order = 1000
@@ -163,8 +163,9 @@ def _step(self:Method, x, y):
 def _so_far(self:Method) -> str:
     "The last finite numbers, for the message."
     r = self.recorder
-    return ''.join([f'; the training loss was {r.losses[-1].item():.4g} before']*bool(r.losses)
-                   + [f'; epoch {len(r.values)-1} ended with ' + ', '.join(f'{k} {v:.4g}' for k,v in zip(r.metric_names[1:-1], r.values[-1]))]*bool(r.values))
+    loss = f'; the training loss was {r.losses[-1].item():.4g} before' if r.losses else ''
+    if not r.values: return loss
+    return f'{loss}; epoch {len(r.values)-1} ended with ' + ', '.join(f'{k} {v:.4g}' for k,v in zip(r.metric_names[1:-1], r.values[-1]))
 
 # %% ../nbs/06_methods.ipynb #a3473751
 def check_teacher(

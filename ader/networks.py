@@ -140,7 +140,7 @@ def _resnet(widths, blocks, strides, in_channels, classes, mean, std):
     stages = [stage(*o) for o in zip(ins, widths, blocks, strides)]
     return init_weights(Net(stem, stages, pool_head(widths[-1], classes), widths, in_channels, classes, mean, std))
 
-# %% ../nbs/01_networks.ipynb #f2f66802
+# %% ../nbs/01_networks.ipynb #acc12117
 @arch
 def small_resnet(
     blocks:int=1, # residual blocks a stage
@@ -153,6 +153,7 @@ def small_resnet(
 ) -> Net:
     "A small residual network."
     if blocks < 1 or stages < 2: raise AderError(f'a residual net needs at least 1 block and 2 stages, got {blocks} and {stages}')
+    check_sizes(width=width*2**(stages-1))
     return _resnet([width*2**i for i in range(stages)], [blocks]*stages, [1] + [2]*(stages-1), in_channels, classes, mean, std)
 
 # %% ../nbs/01_networks.ipynb #79e90205

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SyncNorm', 'SyncNormCPU', 'distributed']
 
-# %% ../nbs/14_processes.ipynb #52e65a83
+# %% ../nbs/14_processes.ipynb #cb30597f
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
-from .data import AderError, Batches, processes, several
+from .data import AderError, Batches, import_fastai, processes, several
 from .fast import itself
+import_fastai()
 try: from fastai.distributed import *
 except (ImportError, NameError): raise AderError("training in several processes needs Accelerate; install it by: pip install 'ader[accelerate]'") from None # a NameError without Accelerate
 from fastcore.basics import patch
 
-# %% ../nbs/14_processes.ipynb #8defdd41
+# %% ../nbs/14_processes.ipynb #8579797b
 class SyncNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
     "Batch norm with the statistics of all processes, on GPUs; a `BatchNorm2d`, so that it can be folded like one."
 
@@ -24,7 +25,7 @@ class SyncNormCPU(nn.BatchNorm2d):
     def _check_input_dim(self, x): pass
     def forward(self, x:Tensor) -> Tensor: # (B, N, ...), same shape
         if not self.training: return super().forward(x)
-        over = [0, *range(2, x.ndim)]
+        kind, x, over = x.dtype, x.to(self.weight.dtype), [0, *range(2, x.ndim)] # bfloat16 is too coarse for statistics
         n = all_reduce(x.new_tensor(x.numel()/x.shape[1]))
         mean = all_reduce(x.sum(over))/n
         wide = lambda t: t.view(1, -1, *[1]*(x.ndim-2))
@@ -33,7 +34,7 @@ class SyncNormCPU(nn.BatchNorm2d):
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var*n/(n-1), self.momentum)
-        return centred*wide(self.weight*(var + self.eps).rsqrt()) + wide(self.bias)
+        return (centred*wide(self.weight*(var + self.eps).rsqrt()) + wide(self.bias)).to(kind)
 
 # %% ../nbs/14_processes.ipynb #518f25f1
 @patch

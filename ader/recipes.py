@@ -27,7 +27,7 @@ from fastai.callback.core import Callback
 from fastcore.script import anno_parser
 from fastprogress.fastprogress import progress_bar
 
-# %% ../nbs/09_recipes.ipynb #440210a3
+# %% ../nbs/09_recipes.ipynb #782111ef
 def command(
     f, # its annotated parameters become options
     together:bool=False # several processes work on it; else the first of them does it alone
@@ -41,7 +41,7 @@ def command(
         try: f(**{k: v for k,v in args.items() if k in f.__annotations__})
         except AderError as e:
             why = re.sub(r'^Exception occured in .*:\n\t', '', str(e)) # fastai says which callback it was
-            print(f'{f.__name__}: {why}', file=sys.stderr)
+            print(f'{f.__name__}: {" ".join(why.split())}', file=sys.stderr) # one line, whatever was typed
             sys.exit(2)
     return main
 

@@ -267,10 +267,11 @@ def teach(
     if method not in TEACHING: raise AderError(f'a teacher is trained by one of {", ".join(TEACHING)}, got {method!r}')
     return train(TEACHING[method](threat=threat), attend(net) if isinstance(net, Net) else net, dls, epochs, lr, seed, progress, resume=resume).model
 
-# %% ../nbs/07_teachers.ipynb #fd2bc2ec
+# %% ../nbs/07_teachers.ipynb #66aacba1
 def files_of(path) -> tuple[Path, Path]: # weights, description
     "The two files of a saved network, named by either of them or by their common stem."
     p = Path(path)
+    if not p.name: raise AderError(f'{str(path)!r} is no name of a file')
     p = p.with_suffix('') if p.suffix in ('.safetensors', '.json') else p
     return p.with_name(p.name + '.safetensors'), p.with_name(p.name + '.json')
 

@@ -1,7 +1,7 @@
 "What all tests share: fixed seeds, small data, small networks."
 import matplotlib
 matplotlib.use('Agg')
-import pytest, torch
+import pytest, shutil, torch
 from hypothesis import HealthCheck, Phase, settings
 from ader.attention import attend
 from ader.data import Images, dataloaders, digits
@@ -42,3 +42,14 @@ def net():
 def plain():
     "The same without attention."
     return lambda **kwargs: small_resnet(width=4, **kwargs)
+
+@pytest.fixture(scope='session')
+def browser():
+    "Chromium or Chrome of this machine."
+    exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not exe: pytest.skip('no Chromium on the PATH')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=['--no-sandbox', '--disable-gpu'])
+        yield b
+        b.close()

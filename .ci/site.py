@@ -1,0 +1,275 @@
+"""Build the site in _docs/ from the notebooks and `_quarto.yml`: with quarto when it is on the PATH, else with smalldocs.
+
+The notebooks are prepared once, for both: pages lose the number of their notebook (02_attention.ipynb becomes attention.html),
+names in backticks become links, and every exported cell gets an entry for each of its symbols, with a table of its parameters."""
+import ast, html, inspect, json, re, shutil, subprocess, sys
+from functools import cached_property
+from html.parser import HTMLParser
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+import yaml
+from fastcore.docments import docments
+from nbdev.config import get_config
+
+TOP = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP))
+CFG = get_config(path=TOP)
+LIB = CFG.lib_path.name
+
+def page(nb): return re.sub(r'^\d+[a-z]*_', '', Path(nb).stem) # 09b_reproduce.ipynb -> reproduce
+def md_cell(src): return dict(cell_type='markdown', id=None, metadata={}, source=src)
+def raw_cell(src): return dict(cell_type='raw', id=None, metadata={}, source=src)
+
+# ---- symbols: where each is explained, and where its source is
+
+def name_of(o): # of a definition; a method added by `@patch` bears the name of its class, too
+    patched = any(getattr(d, 'id', '') == 'patch' for d in o.decorator_list)
+    return f'{ast.unparse(o.args.args[0].annotation)}.{o.name}' if patched else o.name
+
+def definitions(cell): # names of the functions and classes that a cell defines
+    return [name_of(o) for o in ast.parse(cell).body if hasattr(o, 'decorator_list') and o.name[0] != '_']
+
+def code(cell): return re.sub(r'^(#\|.*|%.*)\n?', '', ''.join(cell['source']), flags=re.M).strip('\n')
+def directives(cell): return dict(re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', ''.join(cell['source']), re.M)) if cell['cell_type'] == 'code' else {}
+
+class Notebook:
+    "A notebook on its way to a page."
+    def __init__(self, path): self.path, self.page, self.nb = path, page(path), json.loads(path.read_text(encoding='utf-8'))
+    @cached_property
+    def module(self):
+        m = next((d['default_exp'] for c in self.nb['cells'] if 'default_exp' in (d := directives(c))), None)
+        return import_module(f'{LIB}.{m}') if m and m != 'all' else None
+    @cached_property
+    def symbols(self): # name -> object, in the order of the notebook
+        if not self.module: return {}
+        return {n: attrgetter(n)(self.module) for c in self.nb['cells'] if 'export' in directives(c) for n in definitions(code(c))}
+    @cached_property
+    def lines(self): # the line of the module on which each function, class and method begins
+        d = {}
+        for o in ast.parse(inspect.getsource(self.module)).body:
+            if hasattr(o, 'decorator_list'): d |= {name_of(o): o.lineno, **{f'{o.name}.{m.name}': m.lineno for m in o.body if hasattr(m, 'decorator_list')}}
+        return d
+    @cached_property
+    def anchors(self): # names and what they lead to on this page; `View` keeps its capital where there is a `view`
+        d = {}
+        for n in [o for n in self.symbols for o in (n, *(f'{n}.{m}' for m in self.methods(n)))]:
+            d[n] = n.lower() if n == n.lower() or n.lower() not in (*self.symbols, *d.values()) else n
+        return d
+    def methods(self, name): # those of the class `name` that say what they take or return
+        own = vars(self.symbols[name]) if inspect.isclass(self.symbols[name]) else {}
+        return [n for n,f in own.items() if inspect.isfunction(f) and (n[0] != '_' or n == '__call__') and f'{name}.{n}' in self.lines and f'{name}.{n}' not in self.symbols
+                and any(docments(f).values())]
+
+def links(nbs): # what a name in backticks leads to
+    d = {}
+    for nb in nbs:
+        for n,a in nb.anchors.items():
+            d.setdefault(n, f'{nb.page}.html#{a}')
+            for m in (nb.module.__name__, nb.module.__name__.partition('.')[2]): d[f'{m}.{n}'] = f'{nb.page}.html#{a}' # ader.attacks.PGD, attacks.PGD
+        if nb.module: d[nb.module.__name__] = f'{nb.page}.html'
+    return d
+
+def linked(md, to): # Markdown with links on the names it has in backticks
+    def line(l):
+        if l.startswith('#'): return l
+        sub = lambda m: f'[{m[0]}]({to[m[1]]})' if m[1] in to else m[0]
+        return re.sub(r'(?<!\[)(?<!`)`([\w.]+)(?:\(\))?`(?!`)(?!\]\()', sub, l)
+    fenced, out = False, []
+    for l in md.split('\n'):
+        if l.lstrip().startswith('```'): fenced = not fenced
+        out.append(l if fenced else line(l))
+    md = '\n'.join(out)
+    return re.sub(r'\]\((\d+[a-z]*_)?(\w+)\.ipynb', r'](\2.ipynb', md) # links between notebooks, to their pages
+
+# ---- entries
+
+def short(s): # torch.Tensor -> Tensor; 0.031372549019607843 -> 8/255
+    def frac(m):
+        n = float(m[0])*255
+        return f'{n:.0f}/255' if abs(n - round(n)) < 1e-6 else f'{float(m[0]):.4g}'
+    return re.sub(r'(?<![\d.])0\.\d{6,}', frac, re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_]\w*)", '', s))
+
+def in_cell(s): return str(s).replace('|', '\\|').replace('\n', ' ')
+def as_code(s): return f'`{in_cell(s)}`' if s else ''
+
+def table(o): # the parameters of `o`, with types, defaults and docments
+    empty, rows = inspect.Parameter.empty, []
+    docs = docments(o, full=True)
+    try: params = inspect.signature(o).parameters
+    except (ValueError, TypeError): return ''
+    def kind(a): return '' if a in (empty, None) else short(a if isinstance(a, str) else inspect.formatannotation(a))
+    for n,p in params.items():
+        d = docs.get(n) or {}
+        if n == 'self' or (p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not d.get('docment')): continue
+        star = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+        default = '' if p.default is empty else getattr(p.default, '__name__', None) or short(repr(p.default))
+        rows.append((star + n, kind(p.annotation), default, d.get('docment') or ''))
+    ret = docs.get('return') or {}
+    if ret.get('docment') and not inspect.isclass(o):
+        rows.append(('**returns**', kind(ret.get('anno', empty)), '', ret['docment']))
+    if not any(r[1] or r[3] for r in rows): return ''
+    out = [('parameter', 'type', 'default', 'what it is'), ('---',)*4]
+    out += [(n if n == '**returns**' else as_code(n), as_code(t), as_code(d), in_cell(w)) for n,t,d,w in rows]
+    out = list(zip(*(c for c in zip(*out) if any(c[2:])))) # no empty columns
+    return '::: {.params}\n\n' + '\n'.join('| ' + ' | '.join(r) + ' |' for r in out) + '\n\n:::'
+
+def entry(nb, name): # Markdown: heading, source, docstring, parameters; and those of its methods
+    o, file = nb.symbols[name], f'{CFG.git_url}/blob/{CFG.branch}/{LIB}/{Path(nb.module.__file__).name}'
+    def one(n, f, level, doc):
+        return f'{"#"*level} {n} {{#{nb.anchors[n]} .symbol}}\n\n{doc} [source]({file}#L{nb.lines[n]}){{.source}}\n\n{table(f)}'
+    parts = [one(name, o, 3, o.__doc__ and inspect.cleandoc(o.__doc__) or '')]
+    for m in nb.methods(name): parts.append(one(f'{name}.{m}', vars(o)[m], 4, inspect.cleandoc(vars(o)[m].__doc__ or '')))
+    return '\n\n'.join(parts)
+
+# ---- pages
+
+def heading(md): # title, description and the rest of a page's first cell
+    m = re.match(r'#\s+(.+?)\s*\n+(?:>\s*(.+?)\s*(?:\n|$))?', md + '\n')
+    return (m[1], m[2] or '', md[m.end():]) if m else ('', '', md)
+
+def outputs(cell): # a picture takes the place of the sliders that need a kernel
+    for o in cell.get('outputs', []):
+        if len(o.get('data', {})) > 1: o['data'].pop('application/vnd.jupyter.widget-view+json', None)
+        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = [''.join(o['data']['text/markdown'])]
+    return cell
+
+def apart(md, taken): # Markdown whose headings leave the anchors of the symbols alone
+    slug = lambda t: re.sub(r'[^\w.-]+', '-', t.lower()).strip('-')
+    return re.sub(r'^(#{2,6} +)([^{\n]+?) *$', lambda m: f'{m[0]} {{#on-{slug(m[2])}}}' if slug(m[2]) in taken else m[0], md, flags=re.M)
+
+def prepare(nb, to):
+    "The cells of a page."
+    title, about, rest = heading(''.join(nb.nb['cells'][0]['source']))
+    if not title: raise SystemExit(f'{nb.path}: the first cell must begin with "# Title"')
+    front = dict(title=title)
+    if about: front['description'] = about
+    git = f'{CFG.git_url}/blob/{CFG.branch}/{CFG.nbs_path.name}/{nb.path.name}'
+    front['code-links'] = [dict(text='This page as a notebook', icon='journal-code', href=git)]
+    cells = [raw_cell(f'---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---')]
+    for c in [md_cell(rest)] + nb.nb['cells'][1:]:
+        d = directives(c)
+        if c['cell_type'] == 'markdown': cells.append({**c, 'source': apart(linked(''.join(c['source']), to), set(nb.anchors.values()))})
+        elif d.keys() & {'hide', 'default_exp', 'exporti'} or (not code(c) and c['cell_type'] == 'code'): continue
+        else:
+            if 'export' in d:
+                for n in definitions(code(c)): cells.append(md_cell(linked(entry(nb, n), to)))
+            keep = ''.join(f'#| {k}: {v}\n' for k,v in d.items() if v)
+            c = outputs({**c, 'source': keep + code(c), 'execution_count': None})
+            for o in c.get('outputs', []):
+                if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = linked(''.join(o['data']['text/markdown']), to)
+            cells.append(c)
+    for i,c in enumerate(cells): c['id'] = f'c{i}' if not c.get('id') else c['id']
+    return {**nb.nb, 'cells': cells}
+
+def api(nbs): # the page that lists every symbol
+    out = ['---', 'title: Every symbol', 'description: The modules of ader, and what each holds', '---', '']
+    for nb in nbs:
+        if not nb.symbols: continue
+        out += [f'## [{nb.module.__name__}]({nb.page}.ipynb)', '', '::: {.params}', '', '| symbol | what it is |', '|---|---|']
+        out += [f'| [`{n}`]({nb.page}.html#{nb.anchors[n]}) | {in_cell((inspect.getdoc(o) or "").split(chr(10))[0]) if o.__doc__ else ""} |' for n,o in nb.symbols.items()]
+        out += ['', ':::', '']
+    return '\n'.join(out)
+
+# ---- the site
+
+def config(text, names): # `_quarto.yml` for the prepared pages: globs written out, numbers gone
+    def paths(o): # a glob in `contents` is the notebooks it matches, in order
+        if isinstance(o, list): return [p for x in o for p in (expand(x) if isinstance(x, str) else [paths(x)])]
+        if isinstance(o, dict): return {k: paths(expand(v) if k == 'contents' and isinstance(v, str) else v) for k,v in o.items()}
+        return rename(o) if isinstance(o, str) else o
+    def expand(g): return [rename(g)] if not any(c in g for c in '*?[') else [f'{page(n)}.ipynb' for n in names if Path('nbs', n).match(g)]
+    def rename(s): return f'{page(s)}.ipynb' if s.startswith('nbs/') and s.endswith('.ipynb') else s.removeprefix('nbs/')
+    cfg = yaml.safe_load(text)
+    render = cfg['project'].pop('render')
+    cfg = paths(cfg)
+    cfg['project']['render'] = [r.removeprefix('nbs/') for r in render]
+    def full(o): # a group without pages is not shown
+        return [x for x in o if not (isinstance(x, dict) and 'section' in x and not x['contents'])]
+    side = cfg['website']['sidebar']
+    side['contents'] = full(side['contents'])
+    return cfg
+
+def stage(proc):
+    "Prepare everything that quarto or smalldocs reads, in the folder `proc`."
+    shutil.rmtree(proc, ignore_errors=True)
+    proc.mkdir(parents=True)
+    nbs = [Notebook(p) for p in sorted(CFG.nbs_path.glob('*.ipynb')) if p.name[0] not in '_.']
+    to = links(nbs)
+    for nb in nbs: (proc/f'{nb.page}.ipynb').write_text(json.dumps(prepare(nb, to), ensure_ascii=False), encoding='utf-8')
+    (proc/'api.qmd').write_text(api(nbs), encoding='utf-8')
+    shutil.copytree(CFG.nbs_path/'images', proc/'images')
+    for f in CFG.nbs_path.glob('*.css'): shutil.copy(f, proc)
+    cfg = config((TOP/'_quarto.yml').read_text(encoding='utf-8'), [nb.path.name for nb in nbs])
+    (proc/'_quarto.yml').write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    return cfg
+
+def local(out): # smalldocs' site, without what it loads from afar
+    for f in out.glob('*.html'): f.write_text(mathml(f.read_text(encoding='utf-8')), encoding='utf-8')
+    for f in (out/'site_libs'/'themes').glob('*.css'):
+        f.write_text(re.sub(r'@import url\([^)]*//fonts[^)]*\);?', '', f.read_text(encoding='utf-8')), encoding='utf-8')
+
+def mathml(page): # smalldocs loads KaTeX from afar; every browser reads MathML, which quarto writes too (`html-math-method`)
+    from latex2mathml.converter import convert
+    def one(m):
+        tex = html.unescape(m[2]).strip()[2:-2].strip().replace(r'\arg', r'\mathrm{arg}')
+        tex = re.sub(r'\\[bB]ig+\s*(?=\\\|)', '', tex) # it knows the large forms of brackets only
+        out = convert(tex, display='block' if m[1] == 'display' else 'inline')
+        if '\\' in re.sub(r'<[^>]*>', '', out): raise SystemExit(f'this formula has a command that latex2mathml lacks: {tex}')
+        return f'<span class="math {m[1]}">{out}</span>'
+    s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', one, page, flags=re.S)
+    return re.sub(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\n?', '', s)
+
+# ---- what was built
+
+class Page(HTMLParser):
+    "The links, pictures, anchors, tables and formulas of a page."
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.ids, self.refs, self.remote, self.text, self.math, self.mute = path, [], [], [], '', 0, 0
+        self.html = path.read_text(encoding='utf-8')
+        self.feed(self.html)
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids += [o for o in (a.get('id'), a.get('data-anchor-id')) if o]
+        for k in ('href', 'src'):
+            if a.get(k) and not a[k].startswith('data:'):
+                self.refs.append(a[k])
+                if tag != 'a' and re.match('https?:|//', a[k]): self.remote.append(a[k])
+        self.math += tag == 'math'
+        self.mute += tag in ('code', 'script', 'style', 'pre')
+    def handle_endtag(self, tag): self.mute -= tag in ('code', 'script', 'style', 'pre')
+    def handle_data(self, s): self.text += '' if self.mute else s
+
+def pages(out): return {p.relative_to(out).as_posix(): Page(p) for p in sorted(out.glob('*.html'))}
+
+def broken(out):
+    "The internal links and pictures that lead nowhere."
+    all_, bad = pages(out), []
+    for name,p in all_.items():
+        for ref in p.refs:
+            if re.match(r'[a-z]+:|//', ref): continue
+            path, anchor = urldefrag(ref)
+            path = unquote(path.partition('?')[0])
+            to = (out/path if path else out/name).resolve()
+            if to.is_dir(): to = to/'index.html'
+            if not to.is_file(): bad.append(f'{name}: {ref}')
+            elif anchor and to.suffix == '.html' and unquote(anchor) not in all_[to.relative_to(out.resolve()).as_posix()].ids: bad.append(f'{name}: {ref}')
+    return bad
+
+def build(out, proc):
+    cfg = stage(proc)
+    made = proc/cfg['project']['output-dir']
+    if shutil.which('quarto'): subprocess.run(['quarto', 'render', str(proc), '--no-cache'], check=True)
+    else:
+        from smalldocs.site import build as smalldocs
+        for o in smalldocs(proc, quiet=True).warnings:
+            if not re.search('html-math-method|grid', o): print(o, file=sys.stderr) # quarto's alone
+        local(made)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(made, out)
+    if bad := broken(out): raise SystemExit('these links and pictures lead nowhere:\n' + '\n'.join(bad))
+    print(f'{len(list(out.glob("*.html")))} pages in {out}')
+
+if __name__ == '__main__': build(Path(sys.argv[1] if len(sys.argv) > 1 else TOP/'_docs').resolve(), TOP/'_proc')
