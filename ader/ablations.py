@@ -33,7 +33,7 @@ def student(
 def fixed(omega:float) -> list: return ['ConstantWeight', dict(omega=omega)]
 def adaptive(**kwargs) -> list: return ['AdaptiveWeight', kwargs]
 
-# %% ../nbs/10_ablations.ipynb #ee6d2f2a
+# %% ../nbs/10_ablations.ipynb #e0b92568
 SIXTH = dict(weight=fixed(1/6))
 PARTS = dict(
     steps=[ # each of the three changes of ADER+, in all combinations: what the teacher sees, ω, equally sure
@@ -42,15 +42,16 @@ PARTS = dict(
         ('x_adv, adaptive, equally sure', 'ADERPlus', dict(robust_sees='x_adv', weight=adaptive())), ('x, adaptive, equally sure', 'ADERPlus', dict(weight=adaptive())),
         ('x_adv, 1/6, equally sure', 'ADERPlus', dict(robust_sees='x_adv')), ('x, 1/6, equally sure', 'ADERPlus', {})],
     methods=[(m, m, {}) for m in ('Natural', 'SAT', 'TRADES', 'MART', 'ARD', 'IAD', 'RSLAD', 'AdaAD', 'MTARD', 'BMTARD', 'ADER', 'ADERPlus')],
-    maps=[(f'{name}, {word}', name, {} if a == 'both' else dict(attention=a)) for name in ('ADER', 'ADERPlus')
-          for a,word in dict(none='none', clean='clean', robust='adversarial', both='both').items()],
-    omega=[('adaptive', 'ADER', {}), ('averaged 0.025', 'ADER', dict(weight=adaptive(momentum=0.025))), ('β = 0.5', 'ADER', dict(weight=adaptive(beta=0.5))), ('β = 2', 'ADER', dict(weight=adaptive(beta=2.)))]
+    maps=[(f'{name}, {word}', name, {} if a == 'both' else dict(attention=a)) for name,kinds in dict(ADER=['none', 'clean', 'robust', 'both'], ADERPlus=['none', 'both']).items()
+          for a,word in dict(none='no maps', clean="clean teacher's maps", robust="adversarial teacher's maps", both='both maps').items() if a in kinds],
+    omega=[('adaptive', 'ADER', {}), ('averaged', 'ADER', dict(weight=adaptive(momentum=0.025))), ('β = 2', 'ADER', dict(weight=adaptive(beta=2.)))]
           + [(f'{w:.1f}', 'ADER', dict(weight=fixed(w))) for w in (0.1, 0.3, 0.5, 0.7, 0.9)],
-    front=[('ω = 1/6', 'ADERPlus', {})] + [(f'ω = {w:.2f}', 'ADERPlus', dict(weight=fixed(w))) for w in (0.1, 0.33, 0.5)],
-    details=[(f'{name}: {word}', name, s) for name in ('ADER', 'ADERPlus') for word,s in {
-        'default': {}, 'no branch loss': dict(branch=0.), 'adversary climbs KL': dict(climbs='kl'), 'maps by softmax': dict(att_normalize='softmax'), 'KL(teacher ‖ student) of maps': dict(att_direction='T||S')}.items()],
-    average=[(m, m, dict(average=0.98)) for m in FRONT],
-    teacher=[(m, m, dict(robust='SAT')) for m in ('RSLAD', 'ADER', 'ADERPlus')])
+    front=[('ω = 1/6', 'ADERPlus', {})] + [(f'ω = {w:.2f}', 'ADERPlus', dict(weight=fixed(w))) for w in (0.33, 0.5)],
+    details=[('ADER', 'ADER', {}), ('no loss of the branch', 'ADER', dict(branch=0.)), ('maps by softmax', 'ADER', dict(att_normalize='softmax')),
+             ('KL(teacher ‖ student) of maps', 'ADER', dict(att_direction='T||S')), ('adversary climbs KL', 'ADER', dict(climbs='kl')),
+             ('ADER+', 'ADERPlus', {}), ('ADER+, adversary climbs KL', 'ADERPlus', dict(climbs='kl')), ('ADER+, no loss of the branch', 'ADERPlus', dict(branch=0.))],
+    average=[(m, m, dict(average=0.98)) for m in ('SAT', 'TRADES', 'RSLAD', 'ADER', 'ADERPlus')],
+    teacher=[(m, m, dict(robust='SAT')) for m in ('RSLAD', 'ADERPlus')])
 
 def study(
     seeds:tuple=(0, 1, 2) # a run for each
