@@ -161,8 +161,8 @@ def _step(self:Method, x, y):
 def _so_far(self:Method) -> str:
     "The last finite numbers, for the message."
     r = self.recorder
-    return ''.join([f'; the training loss was {r.losses[-1].item():.4g} before']*bool(r.losses)
-                   + [f'; epoch {len(r.values)-1} ended with ' + ', '.join(f'{k} {v:.4g}' for k,v in zip(r.metric_names[1:-1], r.values[-1]))]*bool(r.values))
+    loss = f'; the training loss was {r.losses[-1].item():.4g} before' if r.losses else ''
+    return loss + (f'; epoch {len(r.values)-1} ended with ' + ', '.join(f'{k} {v:.4g}' for k,v in zip(r.metric_names[1:-1], r.values[-1])) if r.values else '')
 
 # %% ../nbs/06_methods.ipynb #a3473751
 def check_teacher(
