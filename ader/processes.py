@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SyncNorm', 'SyncNormCPU', 'distributed']
 
-# %% ../nbs/14_processes.ipynb #52e65a83
+# %% ../nbs/14_processes.ipynb #cb30597f
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
-from .data import AderError, Batches, processes, several
+from .data import AderError, Batches, import_fastai, processes, several
 from .fast import itself
+import_fastai()
 try: from fastai.distributed import *
 except (ImportError, NameError): raise AderError("training in several processes needs Accelerate; install it by: pip install 'ader[accelerate]'") from None # a NameError without Accelerate
 from fastcore.basics import patch
