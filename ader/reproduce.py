@@ -416,7 +416,7 @@ def perform(
     write_whole(Path(results)/f'{r["name"]}.json', json.dumps(r, indent=1, ensure_ascii=False).encode())
     return r
 
-# %% ../nbs/09b_reproduce.ipynb #c6f8bdb1
+# %% ../nbs/09b_reproduce.ipynb #12384f60
 def wanted(todo:list, folder, results) -> list[dict]: # in order
     "The runs among `todo` and what they need that are still to be done: no complete record, or no network although another run here needs it."
     done, left, needed = read_records(results), [], set()
@@ -438,7 +438,7 @@ def work(
     **kwargs # see `Lease`: beat, stale
 ) -> dict[str,str]: # name -> why, of runs that failed
     "Do all runs of a list that are not done, together with whoever else does."
-    folder, failed = check_out(folder), {}
+    folder, failed, _ = check_out(folder), {}, code_version() # now: the files may be changed while this runs
     results = check_out(folder/'results' if results is None else results)
     while True:
         left = [o for o in wanted(todo, folder, results) if run_id(o) not in failed]
