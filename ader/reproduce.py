@@ -22,16 +22,17 @@ from functools import lru_cache, partial
 from pathlib import Path
 from .attacks import FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square, Threat, Transfer
 from .attention import attend
-from .data import AderError, check_labels
+from .data import AderError
 from .evaluation import attack_checks, first_batches, float32, static_checks, survivors, tabulate, verify
 from .fast import FrozenCopy, dtype_of
 from .methods import WeightAverage, make_method, methods, settings_of, teachers_of
 from .recipes import EpochLine, check_out, command, data_by_name, net_by_name, one_thread, to_md
-from .teachers import Learner, Resumable, facts, files_of, load, read_json, save, seed_everything, train, versions, write_whole
-from contextlib import nullcontext
+from .teachers import Learner, facts, files_of, load, read_json, save, seed_everything, train, versions, write_whole
+from contextlib import nullcontext, suppress
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import SGD, Adam
+from fastcore.basics import patch
 
 # %% ../nbs/09b_reproduce.ipynb #e06360e6
 DECIDES = 'data', 'net', 'attention', 'method', 'settings', 'teachers', 'schedule', 'threat', 'seed'
@@ -156,7 +157,7 @@ def _alive(pid:int) -> bool:
     except PermissionError: pass
     return True
 
-# %% ../nbs/09b_reproduce.ipynb #17a37765
+# %% ../nbs/09b_reproduce.ipynb #b30ecd6a
 class Lease:
     "The right to work on one thing, held by one process among all that see the folder."
     def __init__(self,
@@ -178,48 +179,63 @@ class Lease:
         try: return probe.stat().st_mtime
         finally: probe.unlink(missing_ok=True)
 
-    def dead(self, f:Path) -> bool:
-        "Whether the holder of `f` gives no more signs of life."
-        try: age, text = self.now() - f.stat().st_mtime, f.read_text()
-        except FileNotFoundError: return True
-        here, _, pid = text.rpartition(' ')
-        return age > self.stale or (here == _here() and not _alive(int(pid)))
-
-    def take(self) -> bool:
-        "Try to become the holder; does not wait."
-        others = self.files()
-        if others and not self.dead(others[-1]): return False
-        f = self.folder/f'{self.name}.{int(others[-1].name.split(".")[-2]) + 1 if others else 0}.lease'
-        try: fd = os.open(f, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError: return False
-        with os.fdopen(fd, 'w') as o: o.write(f'{_here()} {os.getpid()}')
-        if any(not self.dead(o) for o in self.files() if o != f): # somebody else did the same just now
-            f.unlink(missing_ok=True)
-            return False
-        for o in others: o.unlink(missing_ok=True)
-        self.mine, self.lost, self.stop = f, False, threading.Event()
-        self.thread = threading.Thread(target=self.live, daemon=True)
-        self.thread.start()
-        return True
-
-    def live(self):
-        while not self.stop.wait(self.beat):
-            try: os.utime(self.mine)
-            except OSError: self.lost = not self.mine.exists()
-
-    def check(self):
-        "Refuse to go on if the lease was taken over."
-        if self.mine and self.lost: raise LostLease(f'another process has taken over {self.name}')
-
-    def release(self):
-        if not self.mine: return
-        self.stop.set()
-        self.thread.join()
-        self.mine.unlink(missing_ok=True)
-        self.mine = None
-
     def __enter__(self): return self
     def __exit__(self, *_): self.release()
+
+# %% ../nbs/09b_reproduce.ipynb #a4205cde
+@patch
+def dead(self:Lease, f:Path) -> bool:
+    "Whether the holder of `f` gives no more signs of life."
+    try: age, text = self.now() - f.stat().st_mtime, f.read_text()
+    except FileNotFoundError: return True
+    here, _, pid = text.partition(' ')[2].rpartition(' ')
+    return age > self.stale or (here == _here() and not _alive(int(pid)))
+
+@patch
+def take(self:Lease) -> bool:
+    "Try to become the holder; does not wait."
+    others = self.files()
+    if others and not self.dead(others[-1]): return False
+    f = self.folder/f'{self.name}.{int(others[-1].name.split(".")[-2]) + 1 if others else 0}.lease'
+    try: fd = os.open(f, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError: return False
+    self.text = f'{os.urandom(8).hex()} {_here()} {os.getpid()}'
+    with os.fdopen(fd, 'w') as o: o.write(self.text)
+    if any(not self.dead(o) for o in self.files() if o != f): # somebody else did the same just now
+        f.unlink(missing_ok=True)
+        return False
+    for o in others: o.unlink(missing_ok=True)
+    self.mine, self.lost, self.stop = f, False, threading.Event()
+    self.thread = threading.Thread(target=self.live, daemon=True)
+    self.thread.start()
+    return True
+
+@patch
+def live(self:Lease):
+    while not self.stop.wait(self.beat):
+        if not self.is_mine(): self.lost = True
+        else:
+            with suppress(OSError): os.utime(self.mine)
+
+@patch
+def is_mine(self:Lease) -> bool:
+    "Whether it was not taken over; what can't be read just now counts as mine."
+    try: return self.mine.read_text() == self.text
+    except FileNotFoundError: return False
+    except OSError: return True
+
+@patch
+def check(self:Lease):
+    "Refuse to go on if the lease was taken over."
+    if self.mine and self.lost: raise LostLease(f'another process has taken over {self.name}')
+
+@patch
+def release(self:Lease):
+    if not self.mine: return
+    self.stop.set()
+    self.thread.join()
+    if self.is_mine(): self.mine.unlink(missing_ok=True)
+    self.mine = None
 
 # %% ../nbs/09b_reproduce.ipynb #0e4cbee7
 VERSION = 1
@@ -409,7 +425,7 @@ def perform(
     write_whole(Path(results)/f'{r["name"]}.json', json.dumps(r, indent=1, ensure_ascii=False).encode())
     return r
 
-# %% ../nbs/09b_reproduce.ipynb #c6f8bdb1
+# %% ../nbs/09b_reproduce.ipynb #12384f60
 def wanted(todo:list, folder, results) -> list[dict]: # in order
     "The runs among `todo` and what they need that are still to be done: no complete record, or no network although another run here needs it."
     done, left, needed = read_records(results), [], set()
@@ -431,7 +447,7 @@ def work(
     **kwargs # see `Lease`: beat, stale
 ) -> dict[str,str]: # name -> why, of runs that failed
     "Do all runs of a list that are not done, together with whoever else does."
-    folder, failed = check_out(folder), {}
+    folder, failed, _ = check_out(folder), {}, code_version() # now: the files may be changed while this runs
     results = check_out(folder/'results' if results is None else results)
     while True:
         left = [o for o in wanted(todo, folder, results) if run_id(o) not in failed]
@@ -589,7 +605,7 @@ def time_step(
     if x.is_cuda: torch.cuda.synchronize()
     return (watch.at[-1] - watch.at[0])/steps, (time.perf_counter() - start)/3/len(x), dict(train=len(dls.train.dataset), valid=len(dls.valid.dataset), test=len(dls.test.dataset))
 
-# %% ../nbs/09b_reproduce.ipynb #9eb89306
+# %% ../nbs/09b_reproduce.ipynb #445622d3
 STEPS = dict(FGSM=1, PGD_sat=20, PGD_trades=20, CW_inf=30, AutoAttack=2000, Square=1700) # of an image, forward and backward; the last two from experience, for a network that withstands half of the attacks
 
 def estimate(run:dict) -> tuple[float,float]: # seconds of training, seconds of evaluation
@@ -599,8 +615,8 @@ def estimate(run:dict) -> tuple[float,float]: # seconds of training, seconds of 
         few = min(bs, 8)
         step, one, n = time_step(run, few, 1) # large networks are timed on small batches alone, in which they are as fast
         if step*bs/few < 3: few, (step, one, n) = bs, time_step(run, bs)
-    right = 0.05 if run['method'] == 'Natural' else 0.6 # images that are still there to be attacked
-    steps = sum(STEPS[a.removeprefix('transfer-')]*min(o.get('images') or n['test'], n['test'])*(right if a in ('AutoAttack', 'Square') else 0.6) for a,o in run['evaluate'].items())
+    right = 0.1 if run['method'] == 'Natural' else 0.6 # images that are still there to be attacked, on average
+    steps = right*sum(STEPS[a.removeprefix('transfer-')]*min(o.get('images') or n['test'], n['test']) for a,o in run['evaluate'].items())
     epoch = n['train']//bs*step*bs/few + n['valid']*12*one
     return run['schedule']['epochs']*epoch, (steps + n['test'])*one
 

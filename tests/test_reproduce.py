@@ -175,3 +175,14 @@ def test_dry_run_trains_nothing(tmp_path, capsys):
     ader_reproduce_cli(['table2', '--dry-run', '--only', 'RSLAD', '--epochs', '1', '--folder', str(tmp_path/'a'), '--results', str(tmp_path/'b')])
     out = capsys.readouterr().out
     assert 'to be trained' in out and '2 runs, 0 done' in out and not list(tmp_path.rglob('*.json'))
+
+
+def test_who_slept_through_a_takeover_leaves_the_next_holder_alone(tmp_path):
+    a, b = Lease(tmp_path, 'x', 0.02, 0.2), Lease(tmp_path, 'x', 5, 60)
+    assert a.take()
+    a.mine.unlink() # taken over, done and released while it slept ...
+    assert b.take() and b.mine == a.mine # ... and taken again
+    until_true(lambda: a.lost)
+    a.release()
+    assert b.is_mine() and b.mine.exists()
+    b.release()
