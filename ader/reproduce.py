@@ -97,7 +97,7 @@ def in_order(todo:list) -> list[dict]: # each once, what is needed before what n
     for run in [o for r in todo for o in needs(r)] + todo: add(run) # what others wait for begins early
     return list(found.values())
 
-# %% ../nbs/09b_reproduce.ipynb #71f2aa60
+# %% ../nbs/09b_reproduce.ipynb #fc4ef436
 def as_settings(settings:dict) -> dict:
     "Settings of a method as it takes them: ω as an object, lists as tuples."
     def one(v):
@@ -114,7 +114,7 @@ def as_fit(schedule:dict) -> dict: # `fit`, `opt_func`, `wd` and `cbs`, as `ader
     opts = dict(adam=Adam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # weight decay in the gradient, as torch and the references do
     if s['optimizer'] not in opts: raise AderError(f'the optimizer is one of {", ".join(opts)}, got {s["optimizer"]!r}')
     drops = lambda learn, n, lr: learn.fit(n, lr, cbs=ParamScheduler({'lr': lambda pos: lr*s['factor']**sum(pos >= d/n for d in s['drops'])}))
-    return dict(fit=drops if s['kind'] == 'steps' else Learner.fit_one_cycle, opt_func=opts[s['optimizer']], cbs=[WeightAverage(s['average'])]*('average' in s), **({} if s['wd'] is None else dict(wd=s['wd'])))
+    return dict(fit=drops if s['kind'] == 'steps' else Learner.fit_one_cycle, opt_func=opts[s['optimizer']], cbs=[WeightAverage(s['average'])] if 'average' in s else [], **({} if s['wd'] is None else dict(wd=s['wd'])))
 
 def as_attack(
     name:str, # one of `ATTACKS`, or 'transfer-' and one of them
