@@ -666,13 +666,15 @@ def draw(
             out.append((*([data] if len(TABLES[table]['data']) > 1 else []), attack, defense, *theirs, get('clean'), get(attack)))
     return pd.DataFrame(out, columns=[*(['data'] if len(TABLES[table]['data']) > 1 else []), 'attack', 'defense', 'paper: clean', 'paper: robust', f'ours ({scale}): clean', f'ours ({scale}): robust'])
 
-# %% ../nbs/09b_reproduce.ipynb #0bfb393f
+# %% ../nbs/09b_reproduce.ipynb #6b9f3dea
 def how(records:list[dict]) -> str:
     "In a paragraph, how these records were made."
     every = lambda f: ', '.join(dict.fromkeys(str(f(r)) for r in records))
     commits = every(lambda r: (r['code'].get('commit') or r['code']['version'])[:10] + ' (changed)'*r['code'].get('dirty', False))
-    images = every(lambda r: ', '.join(f'{n:,} for {"/".join(o["attack"] for o in r["robustness"] if o["images"] == n)}' for n in dict.fromkeys(o['images'] for o in r['robustness'])))
-    return (f'Data: {every(lambda r: r["source"]["data"])}. Students: {every(lambda r: r["run"]["net"])}; teachers: {every(lambda r: ", ".join(t["net"] for t in r["run"]["teachers"].values()) or "none")}. '
+    attacks = {o['attack']: o['images'] for r in records for o in r['robustness']}
+    images = ', '.join(f'{n:,} for {"/".join(a for a,k in attacks.items() if k == n)}' for n in dict.fromkeys(attacks.values()))
+    teachers = ', '.join(dict.fromkeys(t['net'] for r in records for t in r['run']['teachers'].values()))
+    return (f'Data: {every(lambda r: r["source"]["data"])}. Students: {every(lambda r: r["run"]["net"])}; teachers: {teachers or "none"}. '
             f'Epochs: {every(lambda r: r["run"]["schedule"]["epochs"])}. ε = {every(lambda r: round(r["run"]["threat"]["eps"], 4))}. Seeds: {every(lambda r: r["run"]["seed"])}. '
             f'Test images: {images}. On {every(lambda r: r["device"])} in {every(lambda r: r["precision"])}, code {commits}.')
 
@@ -685,7 +687,7 @@ def as_markdown(
     d, found = draw(table, scale, records, **kwargs), {run_id(r): records[run_id(r)] for *_,r in plan(table, scale, **kwargs) if run_id(r) in records}
     doubts = [f'{r["name"]} failed a sanity check: {c["found"]}' for r in found.values() for c in r['checks'] if not c['ok']]
     scaled = dict(paper="at the paper's scale", laptop='at laptop scale: smaller networks, fewer epochs, NOT the experiment of the paper', digits='on scikit-learn\'s digits, NOT the experiment of the paper')[scale]
-    title = f'{table[:-1].capitalize()} {table[-1]} of the paper ({TABLES[table]["title"]}), and beside it our runs {scaled}'
+    title = f'{dict(table="Table", fig="Fig.")[table[:-1]]} {table[-1]} of the paper ({TABLES[table]["title"]}), and beside it our runs {scaled}'
     lines = [f'**{title}**', to_md(d.set_index(d.columns[0])), how(list(found.values())) if found else 'There are no records of our runs yet.']
     lines += [f'- About the paper\'s numbers: {o}' for o in KNOWN.get(table, [])] + [f'- {o}' for o in doubts]
     lines += ['Records: ' + ', '.join(f'[{r["name"]}]({link(r["file"])})' for r in found.values())] if found else []
