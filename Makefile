@@ -32,6 +32,7 @@ $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps 'torchattacks>=3.5' # for ader_bench alone; its own requirements pin an old requests
 	touch $@
 
 # Exporting and cleaning again must change nothing, and README.md must be what index.ipynb says.

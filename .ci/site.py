@@ -135,9 +135,13 @@ def outputs(cell): # a picture takes the place of the sliders that need a kernel
         if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = [''.join(o['data']['text/markdown'])]
     return cell
 
-def apart(md, taken): # Markdown whose headings leave the anchors of the symbols alone
-    slug = lambda t: re.sub(r'[^\w.-]+', '-', t.lower()).strip('-')
-    return re.sub(r'^(#{2,6} +)([^{\n]+?) *$', lambda m: f'{m[0]} {{#on-{slug(m[2])}}}' if slug(m[2]) in taken else m[0], md, flags=re.M)
+def apart(md, symbols, used): # Markdown whose headings leave the anchors of the symbols alone, and each other's (`used`)
+    def one(m):
+        slug = re.sub(r'[^\w.-]+', '-', m[2].lower()).strip('-')
+        if slug not in symbols: return m[0]
+        used.append(slug)
+        return f'{m[0]} {{#on-{slug}{"-" + str(n) if (n := used.count(slug)) > 1 else ""}}}'
+    return re.sub(r'^(#{2,6} +)([^{\n]+?) *$', one, md, flags=re.M)
 
 def prepare(nb, to):
     "The cells of a page."
@@ -148,9 +152,10 @@ def prepare(nb, to):
     git = f'{CFG.git_url}/blob/{CFG.branch}/{CFG.nbs_path.name}/{nb.path.name}'
     front['code-links'] = [dict(text='This page as a notebook', icon='journal-code', href=git)]
     cells = [raw_cell(f'---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---')]
+    symbols, used = set(nb.anchors.values()), []
     for c in [md_cell(rest)] + nb.nb['cells'][1:]:
         d = directives(c)
-        if c['cell_type'] == 'markdown': cells.append({**c, 'source': apart(linked(''.join(c['source']), to), set(nb.anchors.values()))})
+        if c['cell_type'] == 'markdown': cells.append({**c, 'source': apart(linked(''.join(c['source']), to), symbols, used)})
         elif d.keys() & {'hide', 'default_exp', 'exporti'} or (not code(c) and c['cell_type'] == 'code'): continue
         else:
             if 'export' in d:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'LOSSES', 'STARTS', 'Threat', 'length', 'part_of', 'drawn', 'ce', 'cw', 'kl', 'frozen', 'begin', 'ascend',
-           'PGD', 'classes_of', 'further', 'FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf', 'paper_attacks', 'Transfer',
-           'as_found', 'Borrowed', 'Square', 'AutoAttack', 'counting']
+           'PGD', 'classes_of', 'further', 'even', 'FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf', 'paper_attacks',
+           'Transfer', 'as_found', 'Borrowed', 'Square', 'AutoAttack', 'counting']
 
 # %% ../nbs/04_attacks.ipynb #4ff1dc51
 import logging, math, sys, torch
@@ -201,7 +201,7 @@ def further(model:nn.Module, y:Tensor, a:Tensor, b:Tensor) -> Tensor:
     f = kl if y.is_floating_point() else cw
     return torch.where((f(model(b), y) > f(model(a), y)).view(-1,1,1,1), b, a)
 
-# %% ../nbs/04_attacks.ipynb #9f4e28c2
+# %% ../nbs/04_attacks.ipynb #f4ff1e5e
 @patch
 def hunt(self:PGD,
     model:nn.Module, # images (B, C, H, W) -> logits (B, K); left as it was
@@ -221,26 +221,30 @@ def hunt(self:PGD,
             left = left[~fooled]
     return out
 
+def even(i:Tensor, by:int=32) -> Tensor: # (n,) -> (next multiple of `by`,)
+    "Indices, the first repeated at the end: the libraries below compile and keep a kernel for every size of batch that they meet."
+    return torch.cat([i, i[:1].expand(-len(i) % by)])
+
 @patch
 def chase(self:PGD, model, x, y, z, bs): # -> (N, C, H, W) where each ended, (N,) bool, which are fooled there
     "One climb of many images from `z`, `bs` at a time."
     fooled, step = torch.zeros(len(x), dtype=torch.bool, device=x.device), torch.zeros_like(y)
     now, waiting = torch.arange(len(x), device=x.device).split([min(bs, len(x)), max(len(x)-bs, 0)])
-    while len(now):
-        here = z[now].requires_grad_()
+    while n := len(now):
+        here = z[even(now)].requires_grad_()
         with torch.enable_grad():
-            logits = model(here)
+            logits = model(here)[:n]
             loss = LOSSES[self.loss](logits, y[now]).sum()
         if not loss.requires_grad: break # nothing to climb
         g, = torch.autograd.grad(loss, here)
-        here, wrong = here.detach(), logits.argmax(1) != y[now]
+        here, g, wrong = here.detach()[:n], g[:n], logits.argmax(1) != y[now]
         z[now] = torch.where(wrong.view(-1,1,1,1), here, self.threat.project(here + self.step_size*self.threat.direction(g), x[now]))
         fooled[now], step[now] = wrong, step[now] + 1
         now = now[~wrong & (step[now] < self.steps)]
         more, waiting = waiting.split([min(bs-len(now), len(waiting)), max(len(waiting)-bs+len(now), 0)])
         now = torch.cat([now, more])
     for i in (~fooled).nonzero().flatten().split(bs): # those that took all steps
-        with torch.no_grad(): fooled[i] = model(z[i]).argmax(1) != y[i]
+        with torch.no_grad(): fooled[i] = model(z[even(i)])[:len(i)].argmax(1) != y[i]
     return z, fooled
 
 # %% ../nbs/04_attacks.ipynb #5ffb81ab

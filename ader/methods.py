@@ -203,7 +203,7 @@ def unverified(
     lines += [f'{which(bad)} verified and found unfit for that'] if bad else []
     return '; '.join(lines).capitalize()
 
-# %% ../nbs/06_methods.ipynb #5e0d2920
+# %% ../nbs/06_methods.ipynb #23b84e1a
 @patch
 def before_fit(self:Method):
     self._put_back()
@@ -230,6 +230,7 @@ def before_fit(self:Method):
 def after_fit(self:Method):
     self._asked.clear(), self._copies.clear()
     self.learn.remove_cbs(_Step)
+    self.net.to(memory_format=torch.contiguous_format) # as it came: another layout adds in another order
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.own)
 
 @patch

@@ -8,7 +8,7 @@ __all__ = ['STUDENT', 'TEACHER', 'STUDENTS', 'ader_demo_cli', 'ader_teach_cli', 
            'demo_facts', 'ader_demo', 'data_by_name', 'net_by_name', 'as_eps', 'EpochLine', 'make_teacher', 'finished',
            'interruptible', 'ader_teach', 'load_teacher', 'ader_distill', 'ader_evaluate']
 
-# %% ../nbs/09_recipes.ipynb #a0c26678
+# %% ../nbs/09_recipes.ipynb #526f68c9
 import ast, json, platform, re, shutil, sys, tempfile, time, torch
 from torch import nn
 import pandas as pd
@@ -19,6 +19,7 @@ from pathlib import Path
 from .attacks import AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks
 from .attention import attend
 from .data import AderError, as_float, digits, processes
+from .fast import PRECISIONS
 from .evaluation import accuracy_curves, compare, measure, page, plot_attention, plot_curves, png, report_page, robustness, verify
 from .methods import ADER, METHODS, TRADES, Natural, make_method
 from .networks import archs, build, small_resnet
@@ -249,10 +250,11 @@ class EpochLine(Callback):
         cells = [f'{k} {v:.4f}' for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.log[1:])]
         print(f'epoch {self.epoch+1:3d} of {self.n_epoch}   {"   ".join(cells)}   {time.perf_counter() - self.since:.1f} s', flush=True)
 
-# %% ../nbs/09_recipes.ipynb #18e5f758
+# %% ../nbs/09_recipes.ipynb #bedab052
 def make_teacher(
     asked:dict, # what was asked for: data, net, method, epochs, lr, bs, eps, seed
     target:Path, # stem of the files
+    compile:bool=False, # see `ader.fast.FrozenCopy`
     say=partial(print, flush=True) # called with a line now and then
 ): # -> (`DataLoaders`, trained teacher, seconds of training, of all runs together)
     "Train a teacher, or continue."
@@ -261,7 +263,7 @@ def make_teacher(
     seed_everything(asked['seed'])
     net = attend(net_by_name(asked['net'], dls))
     if not processes()[0]: say(f'{asked["method"]}, {asked["net"]}, {dls.train.dataset}, ε = {threat.eps:.4g}, on {dls.train.dataset.x.device}')
-    tty, method = sys.stdout.isatty(), TEACHING[asked['method']](threat=threat)
+    tty, method = sys.stdout.isatty(), TEACHING[asked['method']](threat=threat, precision=asked['precision'], compile=compile)
     learn = train(method, net, dls, asked['epochs'], asked['lr'], asked['seed'], progress=tty, cbs=None if tty else EpochLine(), resume=target)
     return dls, learn.model, learn.resumable.seconds + time.perf_counter() - learn.resumable.start
 
@@ -289,7 +291,7 @@ def interruptible():
         print('\ninterrupted; the same command continues after the last whole epoch')
         sys.exit(130)
 
-# %% ../nbs/09_recipes.ipynb #30b40a2a
+# %% ../nbs/09_recipes.ipynb #9a1f766d
 def ader_teach(
     data:str='digits', # digits, cifar10, cifar100, or a folder of images with a folder for each class
     net:str='small_resnet', # network, with arguments after a colon: small_resnet:width=32,blocks=2
@@ -301,10 +303,13 @@ def ader_teach(
     seed:int=0, # of everything random
     out:str='teacher', # folder to write to
     images:int=1000, # test images to verify on; 0: all
+    precision:str='auto', # of the training: float32, bfloat16, or auto: bfloat16 where the hardware has it
+    compile:bool=False, # let torch.compile write the kernels of attack and teachers; takes minutes first, and pays on GPUs
     fresh:bool=False # start anew; default: continue where a killed run stopped
 ):
     "Train a teacher, verify it, and save it. A killed run continues when the same command is given again."
-    asked = dict(data=data, net=net, method=method, epochs=epochs, lr=lr, bs=bs, eps=None if eps is None else as_eps(eps), seed=seed)
+    asked = dict(data=data, net=net, method=method, epochs=epochs, lr=lr, bs=bs, eps=None if eps is None else as_eps(eps), seed=seed, precision=precision)
+    if precision not in PRECISIONS: raise AderError(f'--precision is one of {", ".join(PRECISIONS)}, got {precision!r}')
     if method not in TEACHING: raise AderError(f'--method is one of {", ".join(TEACHING)}, got {method!r}')
     if seed < 0 or images < 0: raise AderError('--seed and --images must not be negative')
     if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
@@ -315,7 +320,7 @@ def ader_teach(
         print(f'{files_of(target)[0]} is there already, made by this very command; --fresh makes it anew\n{teacher.card["verified"]["words"]}')
         return
     with interruptible(), one_thread() if data == 'digits' else nullcontext():
-        dls, teacher, seconds = make_teacher(asked, target)
+        dls, teacher, seconds = make_teacher(asked, target, compile)
         if processes()[0]: return # the first one judges and writes
         v = verify(teacher, dls.test, Threat(teacher.card['threat']['eps']), images=images or None, seed=seed, progress=sys.stdout.isatty())
     teacher.card['asked'] = asked
@@ -327,7 +332,7 @@ def ader_teach(
 
 ader_teach_cli = command(ader_teach, together=True)
 
-# %% ../nbs/09_recipes.ipynb #7aed4190
+# %% ../nbs/09_recipes.ipynb #00d482b6
 def load_teacher(role:str, path:str|None) -> nn.Module|None:
     "A saved teacher, or none."
     if path is None: return None
@@ -347,6 +352,8 @@ def ader_distill(
     seed:int=0, # of everything random
     out:str='student', # folder to write to
     images:int=1000, # test images to judge on; 0: all
+    precision:str='auto', # of the training: float32, bfloat16, or auto: bfloat16 where the hardware has it
+    compile:bool=False, # let torch.compile write the kernels of attack and teachers; takes minutes first, and pays on GPUs
     fresh:bool=False, # start anew; default: continue where a killed run stopped
     list:bool=False # show the methods and what they use, and do nothing
 ):
@@ -355,8 +362,8 @@ def ader_distill(
     if seed < 0 or images < 0: raise AderError('--seed and --images must not be negative')
     if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
     teachers = [load_teacher(*o) for o in (('clean', clean), ('robust', robust))]
-    m = make_method(method, *teachers, None if eps is None else Threat(as_eps(eps)))
-    asked = dict(method=type(m).__name__, student=student, data=data, epochs=epochs, lr=lr, bs=bs, eps=None if eps is None else as_eps(eps), seed=seed,
+    m = make_method(method, *teachers, None if eps is None else Threat(as_eps(eps)), precision=precision, compile=compile)
+    asked = dict(method=type(m).__name__, student=student, data=data, epochs=epochs, lr=lr, bs=bs, eps=None if eps is None else as_eps(eps), seed=seed, precision=precision,
                  **{k: t and checksum(t) for k,t in zip(('clean', 'robust'), teachers)})
     target, tty = check_out(out)/'student', sys.stdout.isatty()
     if fresh: Resumable(target).clear()

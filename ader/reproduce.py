@@ -7,13 +7,13 @@ __all__ = ['DECIDES', 'SCHEDULES', 'ATTACKS', 'PAPER_FOUR', 'VERSION', 'SHAPE', 
            'OURS_TOO', 'MAPS', 'TABLES', 'SCALES', 'STEPS', 'ader_reproduce_cli', 'ader_table_cli', 'PIECE',
            'TEACHER_SIZES', 'ader_paper_cli', 'one_cycle', 'step_schedule', 'a_run', 'run_id', 'run_name', 'needs',
            'in_order', 'as_settings', 'as_fit', 'as_attack', 'prepare', 'LostLease', 'OutOfTime', 'Lease',
-           'check_record', 'read_record', 'read_records', 'code_version', 'device_name', 'Clock', 'Watch', 'weights_of',
-           'have_net', 'net_in', 'train_run', 'evaluate_run', 'answers', 'perform', 'wanted', 'work', 'words', 'do',
-           'paper_numbers', 'shorter', 'asked_for', 'plan', 'runs', 'Stopwatch', 'time_step', 'estimate', 'dry_run',
-           'draw', 'how', 'as_markdown', 'plot_table', 'ader_reproduce', 'ader_table', 'overview', 'pack', 'unpack',
-           'lent_plan', 'ader_paper']
+           'check_record', 'read_record', 'read_records', 'bind_records', 'code_version', 'device_name', 'Clock',
+           'Watch', 'weights_of', 'have_net', 'net_in', 'train_run', 'evaluate_run', 'answers', 'perform', 'wanted',
+           'work', 'words', 'do', 'paper_numbers', 'shorter', 'asked_for', 'plan', 'runs', 'Stopwatch', 'time_step',
+           'estimate', 'dry_run', 'draw', 'how', 'as_markdown', 'plot_table', 'ader_reproduce', 'ader_table',
+           'overview', 'pack', 'unpack', 'lent_plan', 'ader_paper']
 
-# %% ../nbs/09b_reproduce.ipynb #91518b5f
+# %% ../nbs/09b_reproduce.ipynb #849f64cc
 import hashlib, json, os, platform, random, subprocess, sys, threading, time, torch
 import ader, ader.weighting
 import pandas as pd
@@ -25,7 +25,7 @@ from .attention import attend
 from .data import AderError
 from .evaluation import attack_checks, first_batches, float32, static_checks, survivors, tabulate, verify
 from .fast import FrozenCopy, dtype_of
-from .methods import make_method, methods, settings_of, teachers_of
+from .methods import WeightAverage, make_method, methods, settings_of, teachers_of
 from .recipes import EpochLine, check_out, command, data_by_name, net_by_name, one_thread, to_md
 from .teachers import Learner, facts, files_of, load, read_json, save, seed_everything, train, versions, write_whole
 from contextlib import nullcontext, suppress
@@ -34,19 +34,19 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import SGD, Adam
 from fastcore.basics import patch
 
-# %% ../nbs/09b_reproduce.ipynb #0bd36828
+# %% ../nbs/09b_reproduce.ipynb #e06360e6
 DECIDES = 'data', 'net', 'attention', 'method', 'settings', 'teachers', 'schedule', 'threat', 'seed'
 SCHEDULES = dict(one_cycle={'epochs', 'lr', 'bs', 'optimizer', 'wd'}, steps={'epochs', 'lr', 'bs', 'optimizer', 'wd', 'drops', 'factor'})
 ATTACKS = dict(FGSM=FGSM, PGD_sat=PGD_sat, PGD_trades=PGD_trades, CW_inf=CW_inf, Square=Square, AutoAttack=AutoAttack)
 PAPER_FOUR = 'FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf'
 
-def one_cycle(epochs:int, lr:float, bs:int|None=None, optimizer:str='adam', wd:float|None=None) -> dict:
-    "fastai's one-cycle schedule as data; `lr` is its peak, and `bs` None is the usual for the data."
-    return dict(kind='one_cycle', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd)
+def one_cycle(epochs:int, lr:float, bs:int|None=None, optimizer:str='adam', wd:float|None=None, **average) -> dict:
+    "fastai's one-cycle schedule as data; `lr` is its peak, `bs` None is the usual for the data, and average=0.99 keeps `WeightAverage(0.99)`."
+    return dict(kind='one_cycle', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd, **average)
 
-def step_schedule(epochs:int, lr:float, drops:list, factor:float=0.1, bs:int=128, optimizer:str='sgd', wd:float=2e-4) -> dict:
-    "A learning rate that is multiplied by `factor` after each of the epochs `drops`, as data."
-    return dict(kind='steps', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd, drops=list(drops), factor=factor)
+def step_schedule(epochs:int, lr:float, drops:list, factor:float=0.1, bs:int=128, optimizer:str='sgd', wd:float=2e-4, **average) -> dict:
+    "A learning rate that is multiplied by `factor` after each of the epochs `drops`, as data; `average` as above."
+    return dict(kind='steps', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd, drops=list(drops), factor=factor, **average)
 
 # %% ../nbs/09b_reproduce.ipynb #560c220e
 def a_run(
@@ -97,7 +97,7 @@ def in_order(todo:list) -> list[dict]: # each once, what is needed before what n
     for run in [o for r in todo for o in needs(r)] + todo: add(run) # what others wait for begins early
     return list(found.values())
 
-# %% ../nbs/09b_reproduce.ipynb #05cedb68
+# %% ../nbs/09b_reproduce.ipynb #fc4ef436
 def as_settings(settings:dict) -> dict:
     "Settings of a method as it takes them: ω as an object, lists as tuples."
     def one(v):
@@ -107,14 +107,14 @@ def as_settings(settings:dict) -> dict:
         return tuple(v) if isinstance(v, list) else v
     return {k: one(v) for k,v in settings.items()}
 
-def as_fit(schedule:dict) -> dict: # `fit`, `opt_func` and `wd`, as `ader.teachers.train` takes them
+def as_fit(schedule:dict) -> dict: # `fit`, `opt_func`, `wd` and `cbs`, as `ader.teachers.train` takes them
     "How a schedule is followed."
     s = schedule
-    if set(s) - {'kind'} != SCHEDULES.get(s.get('kind')): raise AderError(f'a schedule is made by one_cycle or step_schedule, got {s}')
+    if set(s) - {'kind', 'average'} != SCHEDULES.get(s.get('kind')): raise AderError(f'a schedule is made by one_cycle or step_schedule, got {s}')
     opts = dict(adam=Adam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # weight decay in the gradient, as torch and the references do
     if s['optimizer'] not in opts: raise AderError(f'the optimizer is one of {", ".join(opts)}, got {s["optimizer"]!r}')
     drops = lambda learn, n, lr: learn.fit(n, lr, cbs=ParamScheduler({'lr': lambda pos: lr*s['factor']**sum(pos >= d/n for d in s['drops'])}))
-    return dict(fit=drops if s['kind'] == 'steps' else Learner.fit_one_cycle, opt_func=opts[s['optimizer']], **({} if s['wd'] is None else dict(wd=s['wd'])))
+    return dict(fit=drops if s['kind'] == 'steps' else Learner.fit_one_cycle, opt_func=opts[s['optimizer']], cbs=[WeightAverage(s['average'])] if 'average' in s else [], **({} if s['wd'] is None else dict(wd=s['wd'])))
 
 def as_attack(
     name:str, # one of `ATTACKS`, or 'transfer-' and one of them
@@ -237,7 +237,7 @@ def release(self:Lease):
     if self.is_mine(): self.mine.unlink(missing_ok=True)
     self.mine = None
 
-# %% ../nbs/09b_reproduce.ipynb #1afd86b8
+# %% ../nbs/09b_reproduce.ipynb #0e4cbee7
 VERSION = 1
 SHAPE = dict(ader_run=int, id=str, name=str, scale=str, run=dict, source=dict, code=dict, versions=dict, device=str, precision=str, method=dict, epochs=list, seconds=dict,
              robustness=list, checks=list, weights=str, finished=str) # field -> type
@@ -274,8 +274,17 @@ def read_records(
     *folders:str|Path # where records are; files of another kind are passed over
 ) -> dict[str,dict]: # by id; each has its file as 'file'
     "All records of runs in these folders, checked."
-    files = [f for o in folders for f in sorted(Path(o).glob('*.json'))]
-    return {r['id']: dict(r, file=str(f)) for f in files if 'ader_run' in (r := read_json(f)) and check_record(r, str(f))}
+    found = [(f, read_json(f)) for o in folders for f in sorted(Path(o).glob('*.json'))]
+    found += [(f, json.loads(line)) for o in folders for f in sorted(Path(o).glob('*.jsonl')) for line in f.read_text(encoding='utf-8').splitlines()]
+    return {r['id']: dict(r, file=str(f)) for f,r in found if 'ader_run' in r and check_record(r, str(f))}
+
+def bind_records(
+    records:dict[str,dict], # from `read_records`
+    file:str|Path # to write, a name that ends in .jsonl
+):
+    "A study of hundreds of runs in one file, a record a line."
+    lines = [json.dumps({k: v for k,v in r.items() if k != 'file'}, ensure_ascii=False, separators=(',', ':')) for r in records.values()]
+    write_whole(Path(file), ('\n'.join(lines) + '\n').encode())
 
 # %% ../nbs/09b_reproduce.ipynb #da3f43a5
 @lru_cache
@@ -317,7 +326,7 @@ class Watch(Callback):
     def after_epoch(self):
         if self.epoch + 1 < self.n_epoch: self.clock()
 
-# %% ../nbs/09b_reproduce.ipynb #a5044424
+# %% ../nbs/09b_reproduce.ipynb #39f7fb2e
 def weights_of(run:dict, folder:str|Path) -> Path:
     "Stem of the files of a run's trained network."
     return Path(folder)/run_name(run)/'net'
@@ -338,8 +347,8 @@ def train_run(
     target = weights_of(run, folder)
     check_out(target.parent)
     method, net, dls = prepare(run, net_in(folder))
-    s = run['schedule']
-    learn = train(method, net, dls, s['epochs'], s['lr'], run['seed'], progress=False, cbs=[EpochLine(), Watch(check, until)], resume=target, **as_fit(s))
+    s, how = run['schedule'], as_fit(run['schedule'])
+    learn = train(method, net, dls, s['epochs'], s['lr'], run['seed'], progress=False, resume=target, **dict(how, cbs=[*how['cbs'], EpochLine(), Watch(check, until)]))
     if run['method'] in ('Natural', 'SAT', 'TRADES'): verify(net, dls.valid, Threat(**run['threat']), progress=False) # it may become a teacher
     names = ['epoch', *learn.recorder.metric_names[1:-1]]
     epochs = [dict(zip(names, (i+1, *map(float, row)))) for i,row in enumerate(learn.recorder.values)]

@@ -70,6 +70,9 @@ def test_every_symbol_has_an_entry_with_its_parameters_and_its_source(maker, bui
             seen += bool(told)
     assert seen > 50
 
+def test_headings_leave_the_anchors_of_symbols_alone(maker):
+    assert maker.apart('## ADER\n## ADER+\n## Why\n', {'ader'}, []) == '## ADER {#on-ader}\n## ADER+ {#on-ader-2}\n## Why\n'
+
 def test_nothing_is_fetched_from_afar(maker, built):
     for name,p in maker.pages(built[0]).items():
         assert not p.remote, name
