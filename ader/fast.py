@@ -91,13 +91,16 @@ class FrozenCopy(nn.Module):
     def forward(self, x:Tensor, attend:bool=False) -> Tensor|Attended:
         return run_in(self.dtype, self.run, x, **dict(attend=True) if attend else {})
 
-# %% ../nbs/12_fast.ipynb #c7471d5a
+# %% ../nbs/12_fast.ipynb #4be343b3
 @patch
 @torch.no_grad()
 def rewrite(self:FrozenCopy, x:Tensor):
     "Copy the network and fold the copy."
     fresh = lambda: copy.deepcopy(self.source[0]).eval().requires_grad_(False)
-    self.net = fresh()
+    try: self.net = fresh()
+    except Exception: # it holds something that can't be copied, a session of another library for example
+        self.net, self.pairs, self.dtype = self.source[0], [], dtype_of('float32', self.source[0])
+        return
     want, self.pairs = self.net(x), conv_bn_pairs(self.net, x)
     for conv,bn in self.pairs:
         c = self.net.get_submodule(conv)
