@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Uses', 'METHODS', 'AVERAGES', 'ATTENTION', 'methods', 'ROLES', 'whole_batch', 'Accuracy', 'MeanLoss', 'Method',
-           'check_teacher', 'unverified', 'WeightAverage', 'Natural', 'SAT', 'TRADES', 'boosted_ce', 'MART',
+           'StandIn', 'check_teacher', 'unverified', 'WeightAverage', 'Natural', 'SAT', 'TRADES', 'boosted_ce', 'MART',
            'Distilled', 'check_share', 'ARD', 'IAD', 'RSLAD', 'AdaAD', 'MTARD', 'BMTARD', 'ADER', 'sureness',
            'temperature_for', 'ADERPlus', 'parameters_of', 'teachers_of', 'settings_of', 'make_method']
 
@@ -114,7 +114,7 @@ class Method(Callback):
         raise NotImplementedError(f'{type(self).__name__} must define `loss(x, x_adv, y)`')
 
 # %% ../nbs/06_methods.ipynb #b792e47e
-class _Step(Callback):
+class StandIn(Callback):
     "Takes the model's place when all other callbacks have had their say, so that an interrupt in one of them finds the student where it was."
     order = 1000
     def __init__(self, method): self.method = method
@@ -207,8 +207,8 @@ def unverified(
 @patch
 def before_fit(self:Method):
     self._put_back()
-    self.learn.remove_cbs(_Step) # of a fit that was interrupted
-    self.learn.add_cb(_Step(self))
+    self.learn.remove_cbs(StandIn) # of a fit that was interrupted
+    self.learn.add_cb(StandIn(self))
     self._net, self._new = self.learn.model, True
     if several(): self.recorder.loss = MeanLoss()
     self._asked.clear()
@@ -229,7 +229,7 @@ def before_fit(self:Method):
 @patch
 def after_fit(self:Method):
     self._asked.clear(), self._copies.clear()
-    self.learn.remove_cbs(_Step)
+    self.learn.remove_cbs(StandIn)
     self.net.to(memory_format=torch.contiguous_format) # as it came: another layout adds in another order
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.own)
 
