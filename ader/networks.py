@@ -134,8 +134,8 @@ def init_weights(net:nn.Module) -> nn.Module:
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return net
 
-def _resnet(widths, blocks, strides, in_channels, classes, mean, std):
-    stem = nn.Sequential(*conv_bn(in_channels, widths[0]), nn.ReLU(inplace=True))
+def _resnet(widths, blocks, strides, in_channels, classes, mean, std, stem_stride=1):
+    stem = nn.Sequential(*conv_bn(in_channels, widths[0], stride=stem_stride), nn.ReLU(inplace=True))
     ins = [widths[0], *widths]
     stages = [stage(*o) for o in zip(ins, widths, blocks, strides)]
     return init_weights(Net(stem, stages, pool_head(widths[-1], classes), widths, in_channels, classes, mean, std))
@@ -149,12 +149,14 @@ def small_resnet(
     classes:int=10, # number of classes
     stages:int=2, # each after the first halves the resolution
     mean:float|list[float]=0.3, # of the pixels
-    std:float|list[float]=0.35 # of the pixels
+    std:float|list[float]=0.35, # of the pixels
+    stem_stride:int=1 # of the first convolution; 2 leaves a quarter of the positions, and of the work
 ) -> Net:
     "A small residual network."
     if blocks < 1 or stages < 2: raise AderError(f'a residual net needs at least 1 block and 2 stages, got {blocks} and {stages}')
+    if stem_stride not in (1, 2): raise AderError(f'stem_stride must be 1 or 2, got {stem_stride!r}')
     check_sizes(width=width*2**(stages-1))
-    return _resnet([width*2**i for i in range(stages)], [blocks]*stages, [1] + [2]*(stages-1), in_channels, classes, mean, std)
+    return _resnet([width*2**i for i in range(stages)], [blocks]*stages, [1] + [2]*(stages-1), in_channels, classes, mean, std, stem_stride)
 
 # %% ../nbs/01_networks.ipynb #79e90205
 RGB = dict(mean=0.47, std=0.25) # of CIFAR's pixels, one number for all channels, so that it fits any number of them

@@ -512,7 +512,8 @@ TABLES = {'table1': dict(data=['CIFAR-10', 'CIFAR-100'], attacks=WHITE[:3], titl
 
 # %% ../nbs/09b_reproduce.ipynb #482f878c
 _trades = step_schedule(100, 0.1, [75, 90])
-_small = 'small_resnet:blocks={},width={},stages=3'
+_small = 'small_resnet:blocks=1,width={},stages=3'
+_half = _small + ',stem_stride=2'
 SCALES = dict(
     paper=dict(
         data={'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, students={'ResNet-18': 'resnet18', 'MobileNet-V2': 'mobilenet_v2'},
@@ -520,10 +521,10 @@ SCALES = dict(
         robust={'CIFAR-10': ('wrn_34_10', _trades), 'CIFAR-100': ('wrn_70_16', _trades)},
         schedule=step_schedule(300, 0.1, [215, 260, 285]), evaluate={}, fixed_teachers=True),
     laptop=dict(
-        data={'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, students={'ResNet-18': _small.format(1, 16), 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
-        clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(1, 32), one_cycle(12, 0.1, 128, 'sgd', 5e-4))),
-        robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(1, 32), one_cycle(10, 0.1, 128, 'sgd', 5e-4))),
-        schedule=one_cycle(12, 0.1, 128, 'sgd', 2e-4), evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
+        data={'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, students={'ResNet-18': _half.format(32), 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
+        clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(32), one_cycle(12, 0.1, 128, 'sgd', 5e-4))),
+        robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_half.format(64), one_cycle(8, 0.1, 128, 'sgd', 5e-4))),
+        schedule=one_cycle(8, 0.1, 128, 'sgd', 2e-4), evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
     digits=dict(
         data=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], 'digits'), students={'ResNet-18': 'small_resnet:width=16', 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
         clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], ('small_resnet:width=24', one_cycle(15, 1e-2))),
