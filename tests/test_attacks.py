@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from ader.attacks import AutoAttack, CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Square, Threat, Transfer, ce, counting, cw, frozen, kl, length, paper_attacks
 from ader.data import AderError
+from ader.networks import small_resnet
 
 K = 4
 
@@ -393,3 +394,14 @@ def test_attacks_cost_only_torch():
     "Neither fastai nor pyautoattack comes along before it is needed."
     code = "import sys, ader.attacks; sys.exit(' '.join(o for o in ('fastai', 'pyautoattack', 'pandas') if o in sys.modules) or 0)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).stderr == b''
+
+@pytest.mark.parametrize('restarts', [1, 2])
+def test_a_batch_that_climbs_in_pieces_ends_where_it_would_as_a_whole(monkeypatch, restarts):
+    torch.manual_seed(0)
+    net, x, y = small_resnet(width=4).double().eval(), torch.rand(20, 1, 8, 8, dtype=torch.double), torch.randint(0, 10, (20,))
+    def climb(piece):
+        monkeypatch.setattr('ader.attacks.PIECE', piece)
+        return PGD(Threat(0.2), 5, restarts=restarts)(net, x, y, torch.Generator().manual_seed(1))
+    whole = climb(20)
+    assert (whole - x).abs().max() > 0.19
+    for piece in (1, 7): torch.testing.assert_close(climb(piece), whole)
