@@ -392,7 +392,7 @@ def answers(
 ) -> bool:
     "Whether everything that the run asks for is in the record."
     done = record['run']['evaluate'] if record else {}
-    plain = lambda a: {k: run_id(v) if k == 'surrogate' else v for k,v in a.items()}
+    plain = lambda a: {k: run_id(v) if k == 'surrogate' else v for k,v in a.items() if v is not None}
     return record is not None and all(k in done and plain(done[k]) == plain(a) for k,a in run['evaluate'].items())
 
 def perform(
@@ -529,7 +529,7 @@ SCALES = dict(
         data=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], 'digits'), students={'ResNet-18': 'small_resnet:width=16', 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
         clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], ('small_resnet:width=24', one_cycle(15, 1e-2))),
         robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], ('small_resnet:width=24', one_cycle(15, 1e-2))),
-        schedule=one_cycle(15, 1e-2), evaluate=dict(AutoAttack=dict(images=200), Square=dict(images=200, queries=1000)), fixed_teachers=False))
+        schedule=one_cycle(15, 1e-2), evaluate=dict(AutoAttack=dict(images=500), Square=dict(images=500, queries=1000)), fixed_teachers=False))
 
 # %% ../nbs/09b_reproduce.ipynb #fa26b39f
 def shorter(schedule:dict, epochs:int|None) -> dict:

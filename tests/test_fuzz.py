@@ -69,7 +69,7 @@ class Reached(Exception): "The command got past its doors."
 
 VALUES = st.one_of(numbers.map(str), st.sampled_from(['', '8/255', '1/0', 'nan', '1e999', '--', 'small_resnet', 'small_resnet:width=', 'small_resnet:width=[1]', 'small_resnet:width=99999999999', 'wide_resnet:depth=[', 'resnet18:x=y',
                                                       'mobilenet_v2:width_mult=nan', 'digits', '/dev/null', '/', '.', 'ADER', 'RSLAD', 'natural', 'nobody.json', '/proc/1/mem', ',', 'a' * 300]), st.text(max_size=5).filter(lambda s: '\ud800' > s[:1] or True))
-OPTIONS = dict(teach='data net method epochs lr bs eps seed images', distill='method student clean robust data epochs lr bs eps seed images', evaluate='data eps norm images transfer queries seed', demo='eps epochs seed')
+OPTIONS = dict(teach='data net method epochs lr bs eps seed images', distill='method student clean robust data epochs lr bs eps seed images', evaluate='data eps norm images transfer queries seed', demo='eps epochs seed workers')
 
 @pytest.fixture
 def doors(monkeypatch, tmp_path):

@@ -28,6 +28,12 @@ def test_the_same_seed_gives_the_same_table(demo, tmp_path):
     for f in ('table.csv', 'table.md', 'student.safetensors'): assert (tmp_path/f).read_bytes() == (demo/f).read_bytes()
 
 
+def test_several_processes_give_the_same_table(demo, tmp_path):
+    ader_demo(tmp_path, seed=3, quick=True, workers=2)
+    for f in FILES:
+        if f not in ('record.json', 'report.html'): assert (tmp_path/f).read_bytes() == (demo/f).read_bytes(), f # those two have the seconds
+
+
 def test_the_page_needs_nothing_but_itself(demo):
     page = (demo/'report.html').read_text()
     srcs = re.findall(r'src="([^"]*)"', page)
@@ -48,7 +54,7 @@ def test_the_saved_student_is_the_one_in_the_table(demo):
     assert got.accuracy.tolist() == d.accuracy.tolist()
 
 
-@pytest.mark.parametrize('argv', [['--eps', '0'], ['--eps', 'nan'], ['--eps', '8'], ['--epochs', '0'], ['--seed', '-1'], ['--out', '/proc/ader'],
+@pytest.mark.parametrize('argv', [['--eps', '0'], ['--eps', 'nan'], ['--eps', '8'], ['--epochs', '0'], ['--seed', '-1'], ['--workers', '-1'], ['--out', '/proc/ader'],
                                   ['--eps', 'much'], ['--nonsense']])
 def test_misuse_is_a_sentence_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as e: ader_demo_cli(argv)
