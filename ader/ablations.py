@@ -88,7 +88,7 @@ def spread(
     "A table of a part of the study."
     g = d[d.part == part].groupby('label', sort=False)[list(columns)]
     m, sd = g.mean(), g.std()
-    return pd.DataFrame({c: [f'{a:.1f} ± {b:.1f}' for a,b in zip(m[c], sd[c])] for c in columns}, index=m.index).rename_axis(None)
+    return pd.DataFrame({c: [f'{a:.1f} ± {b:.1f}' for a,b in zip(m[c], sd[c])] for c in columns}, index=m.index).rename_axis(None)
 
 # %% ../nbs/10_ablations.ipynb #619a0467
 def ask_teacher(

@@ -523,7 +523,7 @@ SCALES = dict(
     laptop=dict(
         data={'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, students={'ResNet-18': _half.format(32), 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
         clean=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_small.format(32), one_cycle(12, 0.1, 128, 'sgd', 5e-4))),
-        robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_half.format(64), one_cycle(8, 0.1, 128, 'sgd', 5e-4))),
+        robust=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], (_half.format(56), one_cycle(8, 0.1, 128, 'sgd', 5e-4))),
         schedule=one_cycle(8, 0.1, 128, 'sgd', 2e-4), evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
     digits=dict(
         data=dict.fromkeys(['CIFAR-10', 'CIFAR-100'], 'digits'), students={'ResNet-18': 'small_resnet:width=16', 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
