@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDENTS', 'TEACHERS', 'GROWTH', 'USUAL', 'KINDS', 'PARTS', 'ader_bench_cli', 'plain_adversary', 'PlainStep',
            'OurStep', 'noise', 'steps_of', 'digits32', 'judges', 'matmul_rate', 'needed', 'summary', 'bench_train',
-           'hardened', 'bench_eval', 'attack_step', 'bench_growth', 'kind_of', 'bench_profile', 'most_memory', 'peak',
-           'bench_memory', 'cpu_name', 'ader_bench']
+           'hardened', 'bench_eval', 'attack_step', 'bench_growth', 'kind_of', 'bench_profile', 'bench_epoch',
+           'most_memory', 'peak', 'bench_memory', 'cpu_name', 'ader_bench']
 
 # %% ../nbs/13_bench.ipynb #438a9336
 import json, os, platform, resource, subprocess, sys, time, torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .attacks import PGD, PGD_sat, Threat
 from .attention import attend
-from .data import AderError, Images, dataloaders, digits
+from .data import AderError, Images, RandomCrop, RandomFlip, dataloaders, digits
 from .evaluation import attack_all
 from .fast import FrozenCopy, dtype_of, in_turn
 from .methods import ADER, TRADES, Natural
@@ -226,6 +226,7 @@ def bench_profile(
 ) -> list[dict]:
     "Shares of the time of one training step of ADER with small teachers, by kind of operation."
     rows = []
+    os.environ.setdefault('KINETO_LOG_LEVEL', '5') # the profiler is told to be silent about what it doesn't find
     for s in students:
         step = steps_of(s, 'small', bs, device=device)['ader']
         step()
@@ -235,6 +236,33 @@ def bench_profile(
         rows += [dict(student=s, kind=k, share=share.get(k, 0.)) for k in (*KINDS, 'the rest')]
         say(f'{s:13s} ' + ', '.join(f'{k} {share.get(k, 0.):.0%}' for k in (*KINDS, 'the rest')))
     return rows
+
+# %% ../nbs/13_bench.ipynb #7d0b1c41
+def bench_epoch(
+    student:str='ResNet-18', # a name in `STUDENTS`
+    teachers:str='WRN', # a name in `TEACHERS`
+    images:int=50_000, # 32×32, random bytes
+    bs:int=128, # images a step
+    device='cpu',
+    compile:bool=False,
+    say=print
+) -> dict:
+    "One epoch of ADER with PGD-10 as a user runs it."
+    nets = [attend(f()).to(device) for f in (STUDENTS[student], *TEACHERS[teachers])]
+    for t in nets[1:]: t.card = dict(verified=dict(roles=['clean', 'robust'])) # random weights; nobody needs to be warned
+    x, y = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (images,))
+    train, few = (Images(x[:n], y[:n], [str(i) for i in range(10)], 'noise') for n in (images, bs))
+    dls = dataloaders(train, few, bs=bs, augment=[RandomCrop(4), RandomFlip()], device=device)
+    learn = Learner(dls, nets[0], opt_func=SGD, lr=0.01, cbs=ADER(*nets[1:], compile=compile))
+    with learn.no_bar(), learn.no_logging():
+        if compile: learn.fit(1) # the first epoch compiles
+        start = time.perf_counter()
+        learn.fit(1) # ends with the accuracies of a batch, so that nothing is still under way
+        seconds = time.perf_counter() - start
+    share = len(dls.train)*bs*needed(*nets)/seconds/matmul_rate(dtype_of('auto', nets[0]), device)
+    row = dict(student=student, teachers=teachers, images=images, bs=bs, seconds=seconds, images_per_second=len(dls.train)*bs/seconds, share_of_matmul=share)
+    say(f"an epoch of {images:,} images: {seconds:.0f} s, {row['images_per_second']:.0f} images/s, {share:.0%} of the matmul rate")
+    return row
 
 # %% ../nbs/13_bench.ipynb #69951bc3
 def most_memory() -> float: # MB
@@ -266,7 +294,7 @@ def bench_memory(say=print) -> list[dict]:
     return rows
 
 # %% ../nbs/13_bench.ipynb #97325bd9
-PARTS = 'train', 'eval', 'growth', 'memory', 'profile'
+PARTS = ['train', 'eval', 'growth', 'memory', 'profile'] + ['epoch']*torch.cuda.is_available()
 
 def cpu_name() -> str:
     "What the processor calls itself."
@@ -275,7 +303,7 @@ def cpu_name() -> str:
 
 def ader_bench(
     out:str='ader_bench', # folder of the record; parts that an earlier call of the same machine and threads measured stay in it
-    parts:str=','.join(PARTS), # which measurements, separated by commas: train, eval, growth, memory, profile
+    parts:str=','.join(PARTS), # which measurements, separated by commas: train, eval, growth, memory, profile, epoch (that one for hours without a GPU)
     students:str=','.join(STUDENTS), # for the training step, separated by commas
     teachers:str=','.join(TEACHERS), # small, WRN, or both
     rounds:int=7, # pairs of measurements, at least 3
@@ -284,7 +312,7 @@ def ader_bench(
 ):
     "Measure training steps and evaluations side by side with a plain loop and with other libraries, on the GPU if there is one."
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    for given,known,what in ((parts, PARTS, 'parts'), (students, STUDENTS, 'students'), (teachers, TEACHERS, 'teachers')):
+    for given,known,what in ((parts, [*PARTS, 'epoch'], 'parts'), (students, STUDENTS, 'students'), (teachers, TEACHERS, 'teachers')):
         for o in given.split(','):
             if o not in known: raise AderError(f'--{what} are some of {", ".join(known)}, got {o!r}')
     if rounds < 3: raise AderError(f'a median needs at least 3 rounds, got {rounds}')
@@ -293,7 +321,7 @@ def ader_bench(
     if threads: torch.set_num_threads(threads)
     what = dict(train=lambda: bench_train(students.split(','), teachers.split(','), rounds, device=device, compile=compile, say=say),
                 eval=lambda: bench_eval(rounds, say=say), growth=lambda: bench_growth(rounds, device, say), memory=lambda: bench_memory(say),
-                profile=lambda: bench_profile(students.split(','), device=device, say=say))
+                profile=lambda: bench_profile(students.split(','), device=device, say=say), epoch=lambda: bench_epoch(device=device, compile=compile, say=say))
     say = lambda line: print(line, flush=True)
     record = dict(machine=cpu_name() if device == 'cpu' else torch.cuda.get_device_name(), threads=torch.get_num_threads(), compile=compile,
                   precision=str(dtype_of('auto', nn.Linear(1, 1).to(device))).removeprefix('torch.'), versions=dict(python=platform.python_version(), **versions()))
