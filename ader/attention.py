@@ -123,8 +123,8 @@ class Adapt(nn.Module):
     ):
         super().__init__()
         if channels is not None: check_sizes(channels=channels)
-        size = [size, size] if isinstance(size, int) else size
-        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(o, int) and 0 < o <= 10_000 for o in size)):
+        size = [size, size] if type(size) is int else size
+        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(o) is int and 0 < o <= 10_000 for o in size)):
             raise AderError(f'size must be (height, width) or the side of a square, each at most 10,000 pixels; got {size!r}')
         size = size and [*size]
         self.net, self.channels, self.size, self.normalize = net, channels, size, Normalize(mean, std)

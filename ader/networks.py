@@ -84,7 +84,7 @@ archs = {} # constructors by name
 def check_sizes(**sizes):
     "Refuse what is not a whole number of at least 1, or larger than in any network: a description may come from a file that nobody has seen."
     for k,v in sizes.items():
-        if not isinstance(v, int) or v < 1: raise AderError(f'{k} must be a whole number of at least 1, got {v!r}')
+        if type(v) is not int or v < 1: raise AderError(f'{k} must be a whole number of at least 1, got {v!r}')
         most = 1000 if k in ('depth', 'blocks', 'stages') else 100_000
         if v > most: raise AderError(f'{k} is at most {most}, got {v}')
 
@@ -94,7 +94,7 @@ def arch(f):
     def make(*args, **kwargs):
         bound = inspect.signature(f).bind(*args, **kwargs)
         bound.apply_defaults()
-        check_sizes(**{k: v for k,v in bound.arguments.items() if k in ('in_channels', 'classes', 'width', 'depth', 'widen', 'blocks', 'stages')})
+        check_sizes(**{k: v for k,v in bound.arguments.items() if k in ('in_channels', 'classes', 'width', 'depth', 'widen', 'blocks', 'stages', 'stem_stride')})
         net = f(*args, **kwargs)
         net.spec = {'arch': f.__name__, **bound.arguments}
         return net
@@ -154,7 +154,7 @@ def small_resnet(
 ) -> Net:
     "A small residual network."
     if blocks < 1 or stages < 2: raise AderError(f'a residual net needs at least 1 block and 2 stages, got {blocks} and {stages}')
-    if stem_stride not in (1, 2): raise AderError(f'stem_stride must be 1 or 2, got {stem_stride!r}')
+    if stem_stride > 2: raise AderError(f'stem_stride must be 1 or 2, got {stem_stride!r}')
     check_sizes(width=width*2**(stages-1))
     return _resnet([width*2**i for i in range(stages)], [blocks]*stages, [1] + [2]*(stages-1), in_channels, classes, mean, std, stem_stride)
 

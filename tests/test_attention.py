@@ -1,7 +1,7 @@
 import copy, pickle
 import numpy as np, pytest, torch
 from torch import nn
-from ader.attention import AttentionBlock, AttentionNet, attend, can_attend, look, modulate
+from ader.attention import Adapt, AttentionBlock, AttentionNet, attend, can_attend, look, modulate
 from ader.data import AderError
 from ader.networks import build, mobilenet_v2, small_resnet
 
@@ -124,3 +124,8 @@ def test_bad_input(net, plain, x):
     for f in (lambda: attend(net()), lambda: attend(nn.Linear(2, 2)), lambda: attend('net'), lambda: attend(plain(), depth=0), lambda: net()(x[0]),
               lambda: net()(torch.rand(2,3,8,8)), lambda: net()(torch.rand(2,3,8,8), attend=True)):
         with pytest.raises(AderError): f()
+
+
+@pytest.mark.parametrize('size', [True, [True, 8], 0, 8., [8], [8, 8, 8], 10**6])
+def test_sizes_that_are_none(size):
+    with pytest.raises(AderError, match='size must be'): Adapt(nn.Identity(), 1, size)

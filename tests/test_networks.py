@@ -369,3 +369,15 @@ def test_bad_files(ref, name, tmp_path):
 def test_no_code_is_run(tmp_path):
     torch.save({'net': Code()}, tmp_path/'a.pth')
     refused(student(), tmp_path/'a.pth', 'holds more than weights')
+
+
+@pytest.mark.parametrize('size', [0, 3, True, 2., '2', None])
+def test_the_stride_of_the_first_convolution_is_1_or_2(size):
+    with pytest.raises(AderError, match='stem_stride must be'): small_resnet(stem_stride=size)
+
+
+def test_a_stride_in_the_first_convolution_leaves_a_quarter_of_the_work():
+    whole, half = (small_resnet(1, 16, 3, stages=3, stem_stride=s) for s in (1, 2))
+    assert [p.shape for p in whole.parameters()] == [p.shape for p in half.parameters()]
+    assert multiply_adds(half, 32) == pytest.approx(multiply_adds(whole, 32)/4, rel=0.01)
+    assert half.min_size == 2*whole.min_size and half(torch.rand(2, 3, 32, 32)).shape == (2, 10)
