@@ -660,7 +660,7 @@ def draw(
     out = []
     for data,attack in [(d, a) for d in TABLES[table]['data'] for a in TABLES[table]['attacks']]:
         for defense in dict.fromkeys(r[1] for r in rows if r[0] == data):
-            found = [records[run_id(r)] for d,o,r in rows if (d, o) == (data, defense) and run_id(r) in records]
+            found = list({run_id(r): records[run_id(r)] for d,o,r in rows if (d, o) == (data, defense) and run_id(r) in records}.values()) # students of several seeds may share a teacher
             get = lambda a: _cell([o for r in found for o in r['robustness'] if o['attack'] == a])
             p = paper[(paper.table.astype(str) == table[5:]) & (paper.dataset == data) & (paper.attack == names.get(attack, attack)) & (paper.defense == defense)]
             theirs = [f'{v:.2f}' for v in p[['clean', 'robust']].values[0]] if len(p) else ['—', '—']

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from ader.data import AderError
-from ader.reproduce import (Lease, OutOfTime, a_run, ader_reproduce_cli, answers, as_markdown, check_record, do, in_order, one_cycle, pack, plan, read_record, read_records, run_id, run_name, runs,
+from ader.reproduce import (Lease, OutOfTime, a_run, ader_reproduce_cli, answers, as_markdown, check_record, do, draw, in_order, one_cycle, pack, plan, read_record, read_records, run_id, run_name, runs,
                             step_schedule, unpack, wanted, work)
 
 FEW = dict(PGD_sat=dict(images=40))
@@ -186,3 +186,10 @@ def test_who_slept_through_a_takeover_leaves_the_next_holder_alone(tmp_path):
     a.release()
     assert b.is_mine() and b.mine.exists()
     b.release()
+
+
+def test_a_teacher_that_students_of_several_seeds_share_counts_once(done):
+    run = next(r for _,defense,r in plan('table1', 'laptop') if defense == 'Clean teacher')
+    r = dict(done[1], id=run_id(run), name=run_name(run), run=run)
+    one, three = (draw('table1', 'laptop', {run_id(run): r}, only=['Clean teacher'], seeds=s) for s in ((0,), (0, 1, 2)))
+    assert one.equals(three) and '± 0.00' not in one.iloc[0, -2] # the interval of one network, and not the spread of a network with itself
