@@ -325,7 +325,7 @@ def ader_bench(
     say = lambda line: print(line, flush=True)
     record = dict(machine=cpu_name() if device == 'cpu' else torch.cuda.get_device_name(), threads=torch.get_num_threads(), compile=compile,
                   precision=str(dtype_of('auto', nn.Linear(1, 1).to(device))).removeprefix('torch.'), versions=dict(python=platform.python_version(), **versions()))
-    if (file := out/'bench.json').exists() and all((old := read_json(file))[k] == record[k] for k in ('machine', 'threads', 'compile', 'precision', 'versions')): record = old | record
+    if (file := out/'bench.json').exists() and all((old := read_json(file)).get(k) == record[k] for k in ('machine', 'threads', 'compile', 'precision', 'versions')): record = old | record
     rate = {k: matmul_rate(getattr(torch, k), device)/1e9 for k in ('float32', 'bfloat16')}
     say(f"{record['machine']}, {record['threads']} threads, matrix product: " + ', '.join(f'{v:.0f} G multiply-adds/s in {k}' for k,v in rate.items()))
     for p in parts.split(','):
