@@ -11,8 +11,8 @@ import json, torch
 import pandas as pd
 from .attacks import PGD, PGD_sat, Threat
 from .attention import look
-from .data import digits
 from .methods import sureness
+from .recipes import data_by_name
 from .reproduce import PAPER_FOUR, a_run, net_in, one_cycle, run_id
 
 # %% ../nbs/10_ablations.ipynb #16f7cd69
@@ -93,12 +93,13 @@ def spread(
 # %% ../nbs/10_ablations.ipynb #619a0467
 def ask_teacher(
     run:dict, # of a student that has teachers
-    folder, # where the study's networks are
+    folder, # where its network and those of its teachers are
+    n:int|None=None # test images; default: all
 ) -> dict:
     "What the adversarial teacher says about the test images, and about the same images attacked for the student."
     net_of, threat = net_in(folder), Threat(**run['threat'])
     s, t, c = net_of(run), net_of(run['teachers']['robust']), net_of(run['teachers']['clean'])
-    x, y = digits(device='cpu').test.dataset[:]
+    x, y = data_by_name(run['data'], None, 0, 'cpu').test.dataset[:n]
     rng = lambda: torch.Generator().manual_seed(run['seed'])
     x_adv = PGD_sat(threat)(s, x, y, rng())
     with torch.no_grad(): z, z_adv, s_adv, z_clean = t(x), t(x_adv), s(x_adv), c(x)

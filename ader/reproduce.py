@@ -672,10 +672,10 @@ def how(records:list[dict]) -> str:
     "In a paragraph, how these records were made."
     every = lambda f: ', '.join(dict.fromkeys(str(f(r)) for r in records))
     commits = every(lambda r: (r['code'].get('commit') or r['code']['version'])[:10] + ' (changed)'*r['code'].get('dirty', False))
-    attacks = {o['attack']: o['images'] for r in records for o in r['robustness']}
-    images = ', '.join(f'{n:,} for {"/".join(a for a,k in attacks.items() if k == n)}' for n in dict.fromkeys(attacks.values()))
+    judged = dict.fromkeys((o['images'], o['attack']) for r in records for o in r['robustness'])
+    images = ', '.join(f'{n:,} for {"/".join(a for k,a in judged if k == n)}' for n in dict.fromkeys(k for k,_ in judged))
     teachers = ', '.join(dict.fromkeys(t['net'] for r in records for t in r['run']['teachers'].values()))
-    return (f'Data: {every(lambda r: r["source"]["data"])}. Students: {every(lambda r: r["run"]["net"])}; teachers: {teachers or "none"}. '
+    return (f'Data: {every(lambda r: r["source"]["data"])}. {"Students" if teachers else "Networks"}: {every(lambda r: r["run"]["net"])}{"; teachers: " * bool(teachers)}{teachers}. '
             f'Epochs: {every(lambda r: r["run"]["schedule"]["epochs"])}. ε = {every(lambda r: round(r["run"]["threat"]["eps"], 4))}. Seeds: {every(lambda r: r["run"]["seed"])}. '
             f'Test images: {images}. On {every(lambda r: r["device"])} in {every(lambda r: r["precision"])}, code {commits}.')
 
@@ -709,7 +709,7 @@ def plot_table(
         for k,(x,y) in enumerate(o for o in xy if None not in o):
             err = lambda o: [[100*(o['accuracy'] - o['low'])], [100*(o['high'] - o['accuracy'])]]
             ax.errorbar(100*x['accuracy'], 100*y['accuracy'], err(y), err(x), 'o', color=f'C{i}', label=MAPS.get(name, name) if k == 0 else None)
-    ax.set(xlabel='clean accuracy (%)', ylabel=f'accuracy under {attack} (%)', title=f'{table}, {scale} scale')
+    ax.set(xlabel='clean accuracy (%)', ylabel=f'accuracy {"in the" if attack == "worst case" else "under"} {attack} (%)', title=f'{table}, {scale} scale')
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return ax
 
