@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from ader.data import AderError
-from ader.reproduce import (Lease, OutOfTime, a_run, ader_reproduce_cli, answers, as_markdown, check_record, do, draw, in_order, one_cycle, pack, plan, read_record, read_records, run_id, run_name, runs,
+from ader.reproduce import (Lease, OutOfTime, a_run, ader_reproduce_cli, answers, as_markdown, check_record, do, draw, how, in_order, one_cycle, pack, plan, read_record, read_records, run_id, run_name, runs,
                             step_schedule, unpack, wanted, work)
 
 FEW = dict(PGD_sat=dict(images=40))
@@ -193,3 +193,13 @@ def test_a_teacher_that_students_of_several_seeds_share_counts_once(done):
     r = dict(done[1], id=run_id(run), name=run_name(run), run=run)
     one, three = (draw('table1', 'laptop', {run_id(run): r}, only=['Clean teacher'], seeds=s) for s in ((0,), (0, 1, 2)))
     assert one.equals(three) and '± 0.00' not in one.iloc[0, -2] # the interval of one network, and not the spread of a network with itself
+
+
+def test_how_names_every_number_of_images():
+    "An attack that some records judged on fewer images than others is named with both numbers; a table of teachers has no students."
+    a = next(r for r in read_records(Path(__file__).parent.parent/'results').values() if not r['run']['teachers'])
+    b = copy.deepcopy(a)
+    b['robustness'][0]['images'] = 7
+    first, n = a['robustness'][0]['attack'], a['robustness'][0]['images']
+    assert f'{n:,} for {first}' in how([a, b]) and f'7 for {first}' in how([a, b])
+    assert 'Networks: ' in how([a]) and 'teachers' not in how([a])
