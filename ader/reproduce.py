@@ -499,7 +499,7 @@ KNOWN |= {'table6': KNOWN['table2'][:1], 'fig2': KNOWN['fig4'], 'fig3': KNOWN['f
 WHITE, BLACK = ['FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf', 'AutoAttack'], ['transfer-PGD_sat', 'transfer-CW_inf', 'Square']
 PAPER_METHODS = ['Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'ADER']
 OURS_TOO = [o for o in methods if o == 'MTARD' or o.startswith('ADER') and o != 'ADER'] # students that the paper doesn't have
-MAPS = dict(none='no attention', clean="the clean teacher's", robust="the adversarial teacher's", both='both')
+MAPS = dict(none='no maps', clean="clean teacher's maps", robust="adversarial teacher's maps", both='both maps')
 
 TABLES = {'table1': dict(data=['CIFAR-10', 'CIFAR-100'], attacks=WHITE[:3], title='the teachers')} | {
     f'table{n}': dict(data=[data], student=student, methods=PAPER_METHODS[n > 5:], attacks=attacks, title=f'{student} on {data}, {what}')
@@ -689,7 +689,7 @@ def as_markdown(
     doubts = [f'{r["name"]} failed a sanity check: {c["found"]}' for r in found.values() for c in r['checks'] if not c['ok']]
     scaled = dict(paper="at the paper's scale", laptop='at laptop scale: smaller networks, fewer epochs, NOT the experiment of the paper', digits='on scikit-learn\'s digits, NOT the experiment of the paper')[scale]
     title = f'{dict(table="Table", fig="Fig.")[table[:-1]]} {table[-1]} of the paper ({TABLES[table]["title"]}), and beside it our runs {scaled}'
-    lines = [f'**{title}**', to_md(d.set_index(d.columns[0])), how(list(found.values())) if found else 'There are no records of our runs yet.']
+    lines = [f'**{title}**', to_md(d.set_index(d.columns[0])), how(list(found.values())) + ' ± is half the 95% interval of the test images where there is one seed, the standard deviation between seeds where there are several.' if found else 'There are no records of our runs yet.']
     lines += [f'- About the paper\'s numbers: {o}' for o in KNOWN.get(table, [])] + [f'- {o}' for o in doubts]
     lines += ['Records: ' + ', '.join(f'[{r["name"]}]({link(r["file"])})' for r in found.values())] if found else []
     return '\n\n'.join(lines) + '\n'
