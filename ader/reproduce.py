@@ -677,7 +677,7 @@ def how(records:list[dict]) -> str:
     teachers = ', '.join(dict.fromkeys(t['net'] for r in records for t in r['run']['teachers'].values()))
     return (f'Data: {every(lambda r: r["source"]["data"])}. {"Students" if teachers else "Networks"}: {every(lambda r: r["run"]["net"])}{"; teachers: " * bool(teachers)}{teachers}. '
             f'Epochs: {every(lambda r: r["run"]["schedule"]["epochs"])}. ε = {every(lambda r: round(r["run"]["threat"]["eps"], 4))}. Seeds: {every(lambda r: r["run"]["seed"])}. '
-            f'Test images: {images}. On {every(lambda r: r["device"])} in {every(lambda r: r["precision"])}, code {commits}.')
+            f'Test images: {images}. On {every(lambda r: r["device"])}, trained in {every(lambda r: r["precision"])} and judged in float32, code {commits}.')
 
 def as_markdown(
     table:str, scale:str, records:dict, # see `draw`
