@@ -229,6 +229,7 @@ def before_fit(self:Method):
 @patch
 def after_fit(self:Method):
     self._asked.clear(), self._copies.clear()
+    self._net = self.net # a wrapper would keep its share of the gradients and its threads
     self.learn.remove_cbs(StandIn)
     self.net.to(memory_format=torch.contiguous_format) # as it came: another layout adds in another order
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.own)
@@ -325,7 +326,7 @@ class WeightAverage(Callback):
     def after_batch(self):
         if self.training: self.mean.update_parameters(self.trained)
     def before_validate(self): self.learning, self.learn.model = self.learn.model, self.mean.module
-    def after_validate(self): self.learn.model = self.learning
+    def after_validate(self): self.learn.model, self.learning = self.learning, None
     def after_fit(self): self.trained.load_state_dict(self.mean.module.state_dict())
     def state_dict(self): return dict(mean=self.mean.state_dict())
     def load_state_dict(self, d): self.mean.load_state_dict(d['mean'])

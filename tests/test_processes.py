@@ -20,13 +20,17 @@ def launch(n, file, *args, ok=True, **env):
     return r
 
 PROGRAM = '''
-import json, os, sys, torch
+import atexit, json, os, sys, torch
 from pathlib import Path
 from ader.all import *
 from ader.data import Batches, dataloaders, processes
 from ader.teachers import train
 torch.set_num_threads(1)
 out, (rank, n) = Path(sys.argv[1]), processes()
+def at_end(): # called last of all, as it is registered first
+    left = [o.read_text().strip() for o in Path('/proc/self/task').glob('*/comm')]
+    (out/f'at-end-{n}-{rank}.json').write_text(json.dumps([torch.distributed.is_initialized(), [o for o in left if 'gloo' in o]]))
+atexit.register(at_end)
 d = digits(augment=[], device='cpu')
 sets = [Images(o.dataset.x[:k].double(), o.dataset.y[:k], o.dataset.classes, 'few', 0.2) for o,k in ((d.train, 67), (d.valid, 41))]
 def go(method, resume=None, epochs=2, cbs=None):
@@ -72,6 +76,10 @@ def test_two_processes_are_one(runs, method):
 def test_one_of_them_writes(runs):
     assert sorted(o.name for o in runs.glob('x-*')) == ['x-0001.ckpt', 'x-0002.ckpt'] and read_checkpoint(runs/'x-0002.ckpt')['done'] == 2
 
+def test_nothing_runs_on(runs):
+    "The threads that talk to the other processes are gone before Python goes, which could abort it otherwise."
+    for k in ('1-0', '2-0', '2-1'): assert json.loads((runs/f'at-end-{k}.json').read_text()) == [False, []]
+
 def test_the_command_in_two_processes(tmp_path):
     "One report, one student, one line an epoch; killed and continued it ends the same."
     from ader.attention import attend
@@ -104,7 +112,7 @@ def test_launched_by_accelerate(tmp_path):
     r = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
                         '--main_process_port', '29599', str(tmp_path/'program.py'), str(tmp_path), 'ADER'], capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
     assert r.returncode == 0, r.stderr
-    assert {o.name for o in tmp_path.glob('*.json')} == {'ADER-2-0.json', 'ADER-2-1.json'}
+    assert {o.name for o in tmp_path.glob('ADER-*')} == {'ADER-2-0.json', 'ADER-2-1.json'}
 
 def images(n): return Images(torch.rand(n,1,2,2), torch.zeros(n, dtype=torch.long), ['a'])
 
