@@ -1,7 +1,7 @@
 "Runs, records, leases and tables: killed processes, several processes, damaged files."
 import copy, json, multiprocessing, random, time
 from pathlib import Path
-import pytest
+import pytest, torch
 from hypothesis import given, settings, strategies as st
 from ader.data import AderError
 from ader.reproduce import (Lease, OutOfTime, a_run, ader_reproduce_cli, answers, as_markdown, check_record, do, draw, how, in_order, one_cycle, pack, plan, read_record, read_records, run_id, run_name, runs,
@@ -203,3 +203,15 @@ def test_how_names_every_number_of_images():
     first, n = a['robustness'][0]['attack'], a['robustness'][0]['images']
     assert f'{n:,} for {first}' in how([a, b]) and f'7 for {first}' in how([a, b])
     assert 'Networks: ' in how([a]) and 'teachers' not in how([a])
+
+
+def test_the_worst_case_is_that_of_attacks_on_the_network_itself(done, monkeypatch):
+    "Not of what another network's attack does to it; and an evaluation took as long as its attacks."
+    folder, _ = done
+    right = dict(clean=torch.arange(500) > 0, FGSM=torch.arange(500) > 4, PGD_sat=torch.arange(500) > 9)
+    right['transfer-PGD_sat'] = torch.arange(500) > 99
+    monkeypatch.setattr('ader.reproduce.as_attack', lambda name, *args: name)
+    monkeypatch.setattr('ader.reproduce.survivors', lambda net, batches, attack='clean', *args, **kwargs: (right[attack], dict(seconds=1., forward=0, backward=0)))
+    r = do(tiny() | dict(evaluate={k: dict(images=None) for k in right if k != 'clean'}), folder, **QUIET)
+    fooled = {o['attack']: round(500*(1 - o['accuracy'])) for o in r['robustness']}
+    assert fooled == {'clean': 1, 'FGSM': 5, 'PGD_sat': 10, 'transfer-PGD_sat': 100, 'worst case': 10} and r['seconds']['evaluation'] == 4
