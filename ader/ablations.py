@@ -114,7 +114,8 @@ def ask_teacher(
 
 # %% ../nbs/10_ablations.ipynb #a1b0001b
 def photographs() -> list[tuple[str,str,dict]]: # part, label, run
-    "Students at laptop scale that differ in whose maps they learn; all have the teachers of seed 0."
+    "Further students at laptop scale, all by the teachers of seed 0: of a second seed, and by whose maps they learn."
     of = {r['method']: r for *_,r in plan('table2', 'laptop')}
+    again = [('seeds', m, of[m] | dict(seed=1)) for m in ('TRADES', 'ADER', 'ADERPlus')]
     some = [('ADER', a, 0) for a in MAPS] + [('ADER', a, 1) for a in ('none', 'both')] + [('ADERPlus', a, 0) for a in ('none', 'both')]
-    return [('maps', f'{m}, {MAPS[a]}', of[m] | dict(settings=use_maps(a), seed=seed)) for m,a,seed in some]
+    return again + [('maps', f'{m}, {MAPS[a]}', of[m] | dict(settings=use_maps(a), seed=seed)) for m,a,seed in some]
