@@ -1,4 +1,4 @@
-"The package as `settings.ini` describes it; nothing is written here twice."
+"The package as `settings.ini` describes it: the distribution `ader-distill`, imported as `ader`."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -14,8 +14,8 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
                  'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
-    packages=find_packages(include=['ader', 'ader.*']), package_data={'ader': ['*.csv']}, python_requires='>=' + cfg['min_python'],
+    packages=find_packages(include=['ader', 'ader.*']), package_data={'ader': ['*.csv', 'templates/*']}, python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),
-                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

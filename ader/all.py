@@ -5,17 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #bc0130bc
-from .data import *
-from .networks import *
-from .attention import *
-from .losses import *
-from .attacks import *
-from .weighting import *
-from .methods import *
-from .teachers import *
-from .evaluation import *
+# %% ../nbs/index.ipynb #dde05ac4
+from .data import AderError, Images, cifar10, cifar100, dataloaders, digits, image_folder, load_data
+from .networks import count_params, small_resnet, wide_resnet, wrn_22_6, wrn_34_10, wrn_70_16
+from .attention import InputAdapter, add_attention, forward_with_attention, show_attention
+from .losses import attention_kl, distillation_loss, soft_kl, teacher_loss
+from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square, Threat, Transfer,
+                          paper_attacks)
+from .weighting import AdaptiveWeight, AnnealedWeight, ConstantWeight
+from .training import SAT, Method, Natural, WeightEMA
+from .methods import (ADER, ARD, BMTARD, IAD, MART, MTARD, RSLAD, TRADES, AdaAD, make_method,
+                          methods)
+from .plus import ADERPlus
+from .checkpoints import Resume, load, save
+from .teachers import attach_attention, from_robustbench, teach, train
+from .evaluation import (accuracy_curves, check_teacher, compare, evaluate, plot_attention,
+                             plot_curves, plot_robustness, show_attacked)
+from .sanity import report_page, robustness_report
 from .explore import attack_strip, explore
 from fastai.callback.schedule import *
 from fastai.learner import Learner
-__all__ = [o for o in dir() if o[0] != '_']
+__all__ = [k for k,v in globals().items() if k[0] != '_' and 'ader' in getattr(v, '__module__', 'ader')]
+__all__ += ['Learner']

@@ -3,7 +3,7 @@ import matplotlib
 matplotlib.use('Agg')
 import pytest, shutil, torch
 from hypothesis import HealthCheck, Phase, settings
-from ader.attention import attend
+from ader.attention import add_attention
 from ader.data import Images, dataloaders, digits
 from ader.networks import small_resnet
 
@@ -36,7 +36,7 @@ def small(all_digits):
 @pytest.fixture
 def net():
     "A function that makes a network with attention small enough to train in a test."
-    return lambda **kwargs: attend(small_resnet(width=4, **kwargs))
+    return lambda **kwargs: add_attention(small_resnet(width=4, **kwargs))
 
 @pytest.fixture
 def plain():

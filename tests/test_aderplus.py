@@ -4,12 +4,14 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from hypothesis import given, strategies as st
 from torch import nn
-from ader.attention import attend, look
 from ader.data import AderError
-from ader.methods import ADERPlus, SAT, TRADES, WeightAverage, sureness, temperature_for
 from ader.networks import small_resnet
-from ader.teachers import train
+from ader.attention import add_attention, forward_with_attention
 from ader.weighting import ConstantWeight
+from ader.training import SAT, WeightEMA
+from ader.methods import TRADES
+from ader.plus import ADERPlus, confidence, temperature_for_confidence
+from ader.teachers import train
 
 def log_softmax(z): z = z - z.max(1, keepdims=True); return z - np.log(np.exp(z).sum(1, keepdims=True))
 def kl(t, s): p, q = log_softmax(t), log_softmax(s); return (np.exp(p)*(p-q)).sum(1).mean()
@@ -18,7 +20,7 @@ def att(s, t):
     return (p*np.log(p/q)).sum(1).mean()
 def sure(z, tau=1.): return np.exp(log_softmax(z/tau)).max(1).mean()
 def numpy(net, x):
-    with torch.no_grad(): return [o.double().numpy() for o in look(net, x)]
+    with torch.no_grad(): return [o.double().numpy() for o in forward_with_attention(net, x)]
 def quiet(learn):
     learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
     learn.logger = lambda o: None
@@ -28,19 +30,19 @@ def quiet(learn):
 
 @given(seed=st.integers(0, 1000), classes=st.integers(2, 100), scale=st.floats(0.1, 20), share=st.floats(0.1, 0.9))
 def test_any_sureness_is_found(seed, classes, scale, share):
-    "Between chance and certainty each sureness has its temperature."
+    "Between chance and certainty each confidence has its temperature."
     z = scale*torch.randn(30, classes, generator=torch.Generator().manual_seed(seed))
     want = (1-share)/classes + share
-    tau = temperature_for(z, want)
-    if 0.011 < tau < 90: assert sureness(z/tau).item() == pytest.approx(want, abs=2e-3)
+    tau = temperature_for_confidence(z, want)
+    if 0.011 < tau < 90: assert confidence(z/tau).item() == pytest.approx(want, abs=2e-3)
     assert 0.01 <= tau <= 100
 
 def test_teachers_that_can_not_be_equal():
     "A teacher that knows nothing stays at that, with finite answers."
     z = torch.zeros(5, 10)
-    assert torch.isfinite(z/temperature_for(z, 0.7)).all()
+    assert torch.isfinite(z/temperature_for_confidence(z, 0.7)).all()
 
-@pytest.mark.parametrize('kw', [{}, dict(branch=0.), dict(attention='none'), dict(robust_sees='x_adv'), dict(balance=False), dict(weight=ConstantWeight(0.4))],
+@pytest.mark.parametrize('kw', [{}, dict(branch_weight=0.), dict(attention='none'), dict(robust_input='x_adv'), dict(match_confidence=False), dict(weight=ConstantWeight(0.4))],
                          ids=lambda kw: ', '.join(f'{k}={v}' for k,v in kw.items()) or 'default')
 def test_one_loss_by_hand(net, small, kw):
     "Every term in NumPy, with temperatures found by another way than bisection."
@@ -51,8 +53,8 @@ def test_one_loss_by_hand(net, small, kw):
     s.eval()
     x, y = learn.dls.train.one_batch()
     x_adv = (x + 0.1*torch.rand_like(x)).clamp(0, 1)
-    (z, a, b), (za, aa, ba), (t, ta, _), (tr, tra, _) = numpy(s, x), numpy(s, x_adv), numpy(c, x), numpy(r, x_adv if kw.get('robust_sees') == 'x_adv' else x)
-    if kw.get('balance', True):
+    (z, a, b), (za, aa, ba), (t, ta, _), (tr, tra, _) = numpy(s, x), numpy(s, x_adv), numpy(c, x), numpy(r, x_adv if kw.get('robust_input') == 'x_adv' else x)
+    if kw.get('match_confidence', True):
         taus = np.exp(np.linspace(np.log(0.01), np.log(100), 200_001))
         def found(o, want): # the first temperature of a fine grid that is not too sure, by a search in sorted order
             i, j = 0, len(taus) - 1
@@ -60,7 +62,7 @@ def test_one_loss_by_hand(net, small, kw):
             return taus[j]
         want = (sure(t) + sure(tr))/2
         t, tr = t/found(t, want), tr/found(tr, want)
-    w, branch = 0.4 if 'weight' in kw else 1/6, kw.get('branch', 1.)
+    w, branch = 0.4 if 'weight' in kw else 1/6, kw.get('branch_weight', 1.)
     on = kw.get('attention') != 'none'
     want = w*(kl(t, z) + on*att(a, ta) + branch*kl(t, b)) + (1-w)*(kl(tr, za) + on*att(aa, tra) + branch*kl(tr, ba))
     assert m.loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-3)
@@ -68,18 +70,18 @@ def test_one_loss_by_hand(net, small, kw):
 def test_temperatures_are_recorded(net, small):
     m = ADERPlus(net(), net(), steps=1)
     quiet(Learner(small(), net(), cbs=m, lr=1e-2)).fit(1)
-    assert (m.history()[['τ_clean', 'τ_adv']] > 0).all(axis=None) and set(m.history().columns) == set(m.shown)
+    assert (m.history()[['τ_clean', 'τ_adv']] > 0).all(axis=None) and set(m.history().columns) == set(m.logged_terms)
 
 def test_what_the_adversary_climbs(net, small):
-    "With 'kl' it climbs away from what the adversarial teacher is taught to say, temperature included."
-    m, seen = ADERPlus(net(), net(), steps=1, climbs='kl'), []
+    "With 'kl' it inner_loss away from what the adversarial teacher is taught to say, temperature included."
+    m, seen = ADERPlus(net(), net(), steps=1, inner_loss='kl'), []
     learn = quiet(Learner(small(), net(), cbs=m, lr=1e-2)); learn.fit(0)
     x, y = learn.dls.train.one_batch()
-    m.climb = lambda x, target: seen.append(target) or x
+    m.attack_student = lambda x, target: seen.append(target) or x
     m.adversary(x, y)
     torch.testing.assert_close(seen[0], m.targets(x, x)[1].logits)
     assert m.attack.loss == 'kl'
-    with pytest.raises(AderError, match="climbs must be 'ce' or 'kl'"): ADERPlus(net(), net(), climbs='cw')
+    with pytest.raises(AderError, match="inner_loss must be one of 'ce', 'kl'"): ADERPlus(net(), net(), inner_loss='cw')
 
 # ---- averaged weights
 
@@ -95,7 +97,7 @@ class Watch(Callback):
 def test_the_average_by_hand(net, small, decay):
     "Weights and statistics of batch norm, step by step; validated, and left behind."
     w = Watch()
-    learn = quiet(Learner(small(), net(), cbs=[SAT(steps=1), WeightAverage(decay), w], lr=1e-2)); learn.fit(2)
+    learn = quiet(Learner(small(), net(), cbs=[SAT(steps=1), WeightEMA(decay), w], lr=1e-2)); learn.fit(2)
     mean = None
     for i,now in enumerate(w.weights):
         d = min(decay, (1+i)/(10+i))
@@ -112,12 +114,12 @@ def test_training_itself_does_not_change(net, small):
         w = Watch()
         quiet(Learner(small(), net(), cbs=[TRADES(steps=1), w, *cbs], lr=1e-2)).fit(2)
         return w.weights
-    for a,b in zip(go([]), go([WeightAverage(0.9)])):
+    for a,b in zip(go([]), go([WeightEMA(0.9)])):
         for k in a: assert torch.equal(a[k], b[k])
 
 def test_a_plain_learner(plain, small):
     "Without any method of ours."
-    learn = quiet(Learner(small(), plain(), loss_func=nn.CrossEntropyLoss(), cbs=WeightAverage(0.9), lr=1e-2)); learn.fit(1)
+    learn = quiet(Learner(small(), plain(), loss_func=nn.CrossEntropyLoss(), cbs=WeightEMA(0.9), lr=1e-2)); learn.fit(1)
     assert all(torch.isfinite(o).all() for o in learn.model.state_dict().values())
 
 class Stop(Exception): pass
@@ -131,11 +133,11 @@ def test_the_average_survives_a_kill(net, small, tmp_path):
     pair = net(), net()
     def go(resume=None, cbs=()):
         torch.manual_seed(3)
-        return train(ADERPlus(*copy.deepcopy(pair), steps=1), attend(small_resnet(width=4)), small(), 4, progress=False, cbs=[WeightAverage(0.9), *cbs], resume=resume).model
+        return train(ADERPlus(*copy.deepcopy(pair), steps=1), add_attention(small_resnet(width=4)), small(), 4, progress=False, cbs=[WeightEMA(0.9), *cbs], resume=resume).model
     with pytest.raises(Stop): go(tmp_path/'x', [StopAt()])
     a, b = go().state_dict(), go(tmp_path/'x').state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 @pytest.mark.parametrize('decay', [-0.1, 1., 2.])
 def test_bad_decay(decay):
-    with pytest.raises(AderError, match='decay must be at least 0 and below 1'): WeightAverage(decay)
+    with pytest.raises(AderError, match='decay must be at least 0 and below 1'): WeightEMA(decay)

@@ -3,9 +3,11 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
-from ader.attacks import AutoAttack, CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Square, Threat, Transfer, ce, counting, cw, frozen, kl, length, paper_attacks
+from ader.attacks import _length, margin
 from ader.data import AderError
 from ader.networks import small_resnet
+from ader.attacks import (AutoAttack, CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Square, Threat,
+Transfer, ce, count_passes, frozen, kl, paper_attacks)
 
 K = 4
 
@@ -51,7 +53,7 @@ def cases(draw):
     "A network in some mixed state, images with black and white pixels among them, labels, an attack."
     torch.manual_seed(draw(st.integers(0, 99)))
     b, c, h, w = (draw(st.integers(1, n)) for n in (4, 3, 5, 5))
-    norm = draw(st.sampled_from(['inf', '2']))
+    norm = draw(st.sampled_from(['Linf', 'L2']))
     lo, hi = draw(st.sampled_from([(0., 1.), (-1., 1.), (0., 255.)]))
     threat = Threat(draw(st.floats(1e-4, 1.))*(hi-lo), norm, lo, hi)
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
@@ -75,7 +77,7 @@ def test_attack_keeps_every_promise(case):
     assert z.shape == x.shape and z.dtype == x.dtype and not z.requires_grad and z.isfinite().all()
     assert t.lo <= z.min() and z.max() <= t.hi
     d = z - x
-    size = d.abs().amax((1,2,3)) if t.norm == 'inf' else length(d).flatten()
+    size = d.abs().amax((1,2,3)) if t.norm == 'Linf' else _length(d).flatten()
     assert size.max() <= t.eps + 4*torch.finfo(x.dtype).eps*max(t.hi, t.eps)*d[0].numel()**0.5
     assert same(state(net), before) and torch.equal(x, x0) and torch.equal(y, y0)
     assert torch.equal(torch.get_rng_state(), mood), 'the global random state has moved although a generator was given'
@@ -92,7 +94,7 @@ def test_model_as_before_after_an_error(case, at, error):
     except (RuntimeError, KeyboardInterrupt) as e: assert e is error
     assert same(state(model), before)
 
-@pytest.mark.parametrize('norm', ['inf', '2'])
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
 @pytest.mark.parametrize('start', ['uniform', 'gaussian'])
 def test_another_seed_another_start(norm, start):
     "The generator is really used, and without one the global random state is."
@@ -122,31 +124,31 @@ def test_one_l2_step_is_optimal_on_a_linear_net(seed, loss, eps):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Flatten(), nn.Linear(18, 2)).double()
     x, y = torch.rand(5,2,3,3, dtype=torch.double)*0.5 + 0.25, torch.randint(0, 2, (5,))
-    z = PGD(Threat(eps, '2'), 1, eps, 'image', loss)(net, x, y)
+    z = PGD(Threat(eps, 'L2'), 1, eps, 'image', loss)(net, x, y)
     w = net[1].weight.detach().numpy()
     away = (w[1-y.numpy()] - w[y.numpy()]).reshape(x.shape)
     away /= np.sqrt((away**2).sum((1,2,3), keepdims=True))
     np.testing.assert_allclose(z.numpy(), x.numpy() + eps*away, rtol=0, atol=1e-12)
 
-@given(st.integers(0, 99), st.sampled_from(['ce', 'cw']), st.sampled_from(['inf', '2']), st.floats(0.01, 1.), st.integers(2, 6))
+@given(st.integers(0, 99), st.sampled_from(['ce', 'cw']), st.sampled_from(['Linf', 'L2']), st.floats(0.01, 1.), st.integers(2, 6))
 def test_one_step_never_helps_a_linear_net(seed, loss, norm, eps, classes):
     "Both losses are convex there, so a step from the image can't lower them, with clamping and any number of classes."
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Flatten(), nn.Linear(18, classes)).double()
     x, y = torch.rand(5,2,3,3, dtype=torch.double), torch.randint(0, classes, (5,))
     z = PGD(Threat(eps, norm), 1, eps, 'image', loss)(net, x, y)
-    f = dict(ce=ce, cw=cw)[loss]
+    f = dict(ce=ce, cw=margin)[loss]
     with torch.no_grad(): assert (f(net(z), y) >= f(net(x), y) - 1e-12).all()
 
 @pytest.mark.parametrize('scale', [1e-30, 1e-20, 1e-13, 1., 1e13, 1e20, 1e30])
-@pytest.mark.parametrize('norm', ['inf', '2'])
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
 def test_direction_is_a_unit_step_whatever_the_gradient_s_size(norm, scale):
     "A tiny or huge gradient still says where to go; otherwise attacks on very sure networks quietly stand still."
     g = torch.randn(3,1,4,4)
     d, want = Threat(0.1, norm).direction(g*scale), Threat(0.1, norm).direction(g)
     torch.testing.assert_close(d, want, rtol=1e-4, atol=1e-5)
 
-@given(st.integers(0, 999), st.sampled_from(['inf', '2']), st.floats(0.01, 1.))
+@given(st.integers(0, 999), st.sampled_from(['Linf', 'L2']), st.floats(0.01, 1.))
 def test_projection(seed, norm, eps):
     "Projecting twice changes nothing, and without the range's edges the projected point is the nearest one of the ball."
     torch.manual_seed(seed)
@@ -154,12 +156,12 @@ def test_projection(seed, norm, eps):
     z = x + torch.randn_like(x)
     p = t.project(z, x)
     torch.testing.assert_close(t.project(p, x), p, rtol=0, atol=1e-12)
-    for _ in range(5): assert (length(z - p) <= length(z - t.random(x)) + 1e-12).all()
+    for _ in range(5): assert (_length(z - p) <= _length(z - t.random(x)) + 1e-12).all()
 
 def test_uniform_l2_start_fills_the_ball():
     "In n dimensions a uniform point of the ball has (length/ε)^n uniform; a missing root crowds the centre or the shell."
     x = torch.zeros(4000,1,2,2, dtype=torch.double)
-    u = (length(Threat(0.5, '2', -1., 1.).random(x, rng()))/0.5).flatten()**4
+    u = (_length(Threat(0.5, 'L2', -1., 1.).random(x, rng()))/0.5).flatten()**4
     assert np.abs(np.quantile(u.numpy(), [0.1, 0.5, 0.9]) - [0.1, 0.5, 0.9]).max() < 0.03
 
 @pytest.mark.parametrize('loss', ['ce', 'cw', 'kl'])
@@ -199,14 +201,14 @@ def trained(all_digits):
     for _ in range(40): opt.zero_grad(); F.cross_entropy(net(x), y).backward(); opt.step()
     return net, *all_digits.valid.dataset[:120]
 
-@pytest.mark.parametrize('norm,eps', [('inf', 0.1), ('2', 0.7)])
+@pytest.mark.parametrize('norm,eps', [('Linf', 0.1), ('L2', 0.7)])
 @pytest.mark.parametrize('loss', ['ce', 'cw', 'kl'])
 def test_more_steps_find_more(trained, norm, eps, loss):
-    "On a trained net the mean loss climbs with the steps, from no attack over one step to many."
+    "On a trained net the mean loss inner_loss with the steps, from no attack over one step to many."
     net, x, y = trained
     with torch.no_grad():
         target = net(x) if loss == 'kl' else y
-        f = lambda z: dict(ce=ce, cw=cw, kl=kl)[loss](net(z), target).mean().item()
+        f = lambda z: dict(ce=ce, cw=margin, kl=kl)[loss](net(z), target).mean().item()
         means = [f(x)] + [f(PGD(Threat(eps, norm), n, eps/4, 'gaussian', loss)(net, x, target, rng())) for n in (1, 3, 10, 30)]
     assert all(b >= a - 1e-3 for a,b in zip(means, means[1:])) and means[-1] > means[0] + 0.1
 
@@ -215,7 +217,7 @@ def test_the_four_attacks_fool_a_trained_net(trained, attack):
     "Each does far more harm than random noise of the same size, and more with a larger ε."
     net, x, y = trained
     with torch.no_grad(): acc = lambda z: (net(z).argmax(1) == y).float().mean().item()
-    accs = [acc(a(net, x, y, rng())) for a in (attack.at(0.02), attack, attack.at(0.3))]
+    accs = [acc(a(net, x, y, rng())) for a in (attack.with_eps(0.02), attack, attack.with_eps(0.3))]
     assert accs[0] > accs[1] + 0.1 and accs[1] >= accs[2] and acc(attack.threat.random(x, rng())) > accs[1] + 0.2
 
 @given(st.integers(0, 999), st.floats(1e-3, 1e4))
@@ -223,7 +225,7 @@ def test_margin_is_positive_exactly_where_wrong(seed, scale):
     "The sign of the CW loss is the decision, and it equals the margin written out in NumPy."
     torch.manual_seed(seed)
     z, y = torch.randn(20, K, dtype=torch.double)*scale, torch.randint(0, K, (20,))
-    m = cw(z, y)
+    m = margin(z, y)
     assert torch.equal(m > 0, z.argmax(1) != y)
     want = [max(v for k,v in enumerate(row) if k != t) - row[t] for row,t in zip(z.tolist(), y.tolist())]
     np.testing.assert_allclose(m.numpy(), want, rtol=1e-12)
@@ -234,21 +236,21 @@ def test_losses_of_images_do_not_mix():
     attack = PGD(Threat(0.1), 4, start='image')
     torch.testing.assert_close(attack(net, x, y), torch.cat([attack(net, x[i:i+1], y[i:i+1]) for i in range(4)]), rtol=0, atol=1e-6)
 
-@pytest.mark.parametrize('norm', ['inf', '2'])
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
 def test_a_very_sure_network_is_no_refuge(norm):
     "With logits so far apart that the gradient is about 1e-16 the attack still uses its whole ball."
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
     with torch.no_grad(): net[1].weight.copy_(torch.linspace(1, 2, 16)*torch.tensor([[1.], [-1.]]))
     x, t = torch.full((1,1,4,4), 0.8), Threat(0.1, norm)
     d = PGD(t, 10, start='image')(net, x, torch.tensor([0])) - x
-    assert (d.abs().max() if norm == 'inf' else length(d)).item() == pytest.approx(0.1, rel=1e-3)
+    assert (d.abs().max() if norm == 'Linf' else _length(d)).item() == pytest.approx(0.1, rel=1e-3)
 
 def test_settings_can_be_kept_and_compared():
     "Attacks are values: hashable, equal when their settings are, and `at` keeps the name and scales the step."
     t = Threat(0.1, 2)
-    assert len({PGD_sat(t), PGD_sat(Threat(0.1, '2')), PGD_trades(t)}) == 2
-    a = PGD(t, 7, 0.03, name='mine').at(0.2)
-    assert repr(a) == 'mine' and a.threat == Threat(0.2, '2') and a.steps == 7 and a.step_size == pytest.approx(0.06)
+    assert len({PGD_sat(t), PGD_sat(Threat(0.1, 'L2')), PGD_trades(t)}) == 2
+    a = PGD(t, 7, 0.03, name='mine').with_eps(0.2)
+    assert repr(a) == 'mine' and a.threat == Threat(0.2, 'L2') and a.steps == 7 and a.step_size == pytest.approx(0.06)
     with pytest.raises(Exception): CW_inf().steps = 3
     assert copy.deepcopy(a) == a
 
@@ -269,7 +271,7 @@ X, Y = torch.rand(3,1,5,5), torch.tensor([0,1,2])
 @pytest.mark.parametrize('x,y,loss', [
     (X[0], Y, 'ce'), (X[:0], Y[:0], 'ce'), (X + 1, Y, 'ce'), (X - 1, Y, 'ce'), (X*torch.nan, Y, 'ce'), (X*torch.inf, Y, 'ce'), (X.long(), Y, 'ce'),
     ((X*255).byte(), Y, 'ce'), (X, Y[:2], 'ce'), (X, Y[:,None], 'ce'), (X, Y + K, 'ce'), (X, Y - 1, 'ce'), (X, Y.float(), 'ce'), (X, Y, 'kl'), (X, torch.randn(3, K+1), 'kl')],
-    ids=['no batch', 'empty', 'above', 'below', 'nan', 'inf', 'integers', 'bytes', 'few labels', 'label column', 'label too large', 'label negative',
+    ids=['no batch', 'empty', 'above', 'below', 'nan', 'Linf', 'integers', 'bytes', 'few labels', 'label column', 'label too large', 'label negative',
          'float labels', 'labels for kl', 'kl of other classes'])
 def test_bad_input(x, y, loss):
     "What can't be attacked is refused with one sentence, and the model is left in its mode."
@@ -280,7 +282,7 @@ def test_bad_input(x, y, loss):
 
 # ---- restarts, transfer, Square, AutoAttack
 
-BOTH = Threat(0.1), Threat(0.7, '2')
+BOTH = Threat(0.1), Threat(0.7, 'L2')
 
 @pytest.mark.parametrize('loss', ['ce', 'cw', 'kl'])
 @pytest.mark.parametrize('threat', BOTH, ids=lambda t: f'L{t.norm}')
@@ -291,7 +293,7 @@ def test_restarts(trained, threat, loss):
     make = lambda n: PGD(threat, 2, loss=loss, restarts=n)
     with torch.no_grad(): a, b, c = (judge(net(make(n)(net, x, target, rng())), target) for n in (1, 3, 6))
     assert (b >= a - 1e-5).all() and (c >= b - 1e-5).all() and c.mean() > a.mean()
-    assert repr(make(3)) == ('CW' if loss == 'cw' else 'PGD') + '-2×3' and make(3).at(0.3).restarts == 3
+    assert repr(make(3)) == ('CW' if loss == 'cw' else 'PGD') + '-2×3' and make(3).with_eps(0.3).restarts == 3
 
 def test_transfer(trained):
     "The images are those made on the surrogate, whatever network they are for."
@@ -301,12 +303,12 @@ def test_transfer(trained):
     a = Transfer(other, PGD_sat(Threat(0.1)))
     before = state(other)
     assert torch.equal(a(net, x, y, rng()), a.attack(other, x, y, rng())) and same(state(other), before)
-    assert a.threat == Threat(0.1) and a.at(0.2) == Transfer(other, PGD_sat(Threat(0.2))) and repr(a) == 'PGD_sat (transfer)' and repr(Transfer(other, name='from a friend')) == 'from a friend'
+    assert a.threat == Threat(0.1) and a.with_eps(0.2) == Transfer(other, PGD_sat(Threat(0.2))) and repr(a) == 'PGD_sat (transfer)' and repr(Transfer(other, name='from a friend')) == 'from a friend'
     with pytest.raises(AderError, match='surrogate knows 4 classes and the attacked network 10'): Transfer(linear(1, 8, 8))(net, x, y)
     for bad in (lambda: Transfer('net.pt'), lambda: Transfer(other, 'pgd')):
         with pytest.raises(AderError): bad()
 
-BORROWED = Square(Threat(0.15), 200), Square(Threat(1., '2'), 200), AutoAttack(Threat(0.15)), AutoAttack(Threat(1.2, '2')) # few withstand these; that saves time
+BORROWED = Square(Threat(0.15), 200), Square(Threat(1., 'L2'), 200), AutoAttack(Threat(0.15)), AutoAttack(Threat(1.2, 'L2')) # few withstand these; that saves time
 ids = lambda a: f'{a!r} L{a.threat.norm}'
 
 @pytest.mark.parametrize('attack', BORROWED, ids=ids)
@@ -323,7 +325,7 @@ def test_borrowed_attacks_keep_every_promise(attack, dtype, capfd):
     z = attack(net, x, y, rng(1))
     assert z.shape == x.shape and z.dtype == dtype and not z.requires_grad and z.isfinite().all() and 0 <= z.min() and z.max() <= 1
     d = z - x
-    assert (d.abs().amax() if attack.threat.norm == 'inf' else length(d).amax()) <= attack.threat.eps + 1e-6
+    assert (d.abs().amax() if attack.threat.norm == 'Linf' else _length(d).amax()) <= attack.threat.eps + 1e-6
     assert same(state(net), before) and torch.equal(x, x0) and torch.equal(torch.get_rng_state(), mood) and sys.gettrace() is trace
     assert torch.equal(attack(net, x, y, rng(1)), z)
     assert capfd.readouterr() == ('', '')
@@ -334,7 +336,7 @@ def test_borrowed_attacks_fool_a_trained_net(trained, attack):
     net, x, y = trained
     x, y = x[:40], y[:40]
     with torch.no_grad(): acc = lambda z: (net(z).argmax(1) == y).float().mean().item()
-    a, b = acc(attack(net, x, y, rng())), acc(attack.at(2*attack.threat.eps)(net, x, y, rng()))
+    a, b = acc(attack(net, x, y, rng())), acc(attack.with_eps(2*attack.threat.eps)(net, x, y, rng()))
     assert acc(attack.threat.random(x, rng())) > a + 0.15 and b <= a
     if isinstance(attack, AutoAttack): assert a <= acc(PGD_sat(attack.threat)(net, x, y, rng()))
 
@@ -345,20 +347,20 @@ def test_square_follows_its_seed_and_its_queries(trained):
     x, y = x[right], y[right]
     few, many = Square(Threat(0.1), 20), Square(Threat(0.1), 400)
     assert not torch.equal(few(net, x, y, rng(1)), few(net, x, y, rng(2)))
-    with counting(net) as n: z = many(net, x, y, rng())
+    with count_passes(net) as n: z = many(net, x, y, rng())
     with torch.no_grad(): acc = lambda z: (net(z).argmax(1) == y).float().mean().item()
     assert acc(z) < acc(few(net, x, y, rng())) - 0.1 and len(x) < n.forward <= 403*len(x) + 1 and n.backward == 0
     torch.manual_seed(3); a = few(net, x, y)
     b = few(net, x, y)
     torch.manual_seed(3); assert torch.equal(few(net, x, y), a) and not torch.equal(a, b)
 
-@pytest.mark.parametrize('k,threat', [(2, Threat(0.06)), (3, Threat(0.02)), (4, Threat(0.02)), (6, Threat(0.15, '2'))])
+@pytest.mark.parametrize('k,threat', [(2, Threat(0.06)), (3, Threat(0.02)), (4, Threat(0.02)), (6, Threat(0.15, 'L2'))])
 def test_autoattack_of_few_classes(k, threat):
     "Networks of few classes are attacked with what is defined for them, and it finds what PGD finds."
     torch.manual_seed(k)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(36, k)), torch.rand(12,1,6,6)
     with torch.no_grad(): y = net(x).argmax(1)
-    with counting(net) as n: a = AutoAttack(threat)(net, x, y, rng())
+    with count_passes(net) as n: a = AutoAttack(threat)(net, x, y, rng())
     b = PGD_sat(threat)(net, x, y, rng())
     with torch.no_grad(): a, b = (net(o).argmax(1) != y for o in (a, b))
     assert (a | ~b).all() and a.any() and not a.all() and n.forward > 5000, 'every part has run, for some withstand'
@@ -373,19 +375,19 @@ def test_counting(trained):
     "Passes in images, forward and back; nothing left on the model."
     net, x, y = trained
     for attack,forward,backward in ((FGSM(Threat(0.1)), 1, 1), (PGD(Threat(0.1), 7), 7, 7), (PGD(Threat(0.1), 7, restarts=3), 25, 21)):
-        with counting(net) as n: attack(net, x, y)
+        with count_passes(net) as n: attack(net, x, y)
         assert (n.forward, n.backward) == (forward*len(x) + 1, backward*len(x)) # one image is asked for the classes
     with pytest.raises(KeyError):
-        with counting(net): raise KeyError
+        with count_passes(net): raise KeyError
     assert not net._forward_hooks
 
 def test_borrowed_settings():
     "Values like the others: frozen, hashable, with a name for tables; what they can't do is refused when they are made."
     assert len({Square(), Square(Threat(8/255)), Square(queries=10), AutoAttack(), AutoAttack()}) == 3 and Square().queries == 5000
-    assert repr(Square(name='sq')) == 'sq' and repr(AutoAttack().at(0.2)) == 'AutoAttack' and copy.deepcopy(Square()) == Square()
+    assert repr(Square(name='sq')) == 'sq' and repr(AutoAttack().with_eps(0.2)) == 'AutoAttack' and copy.deepcopy(Square()) == Square()
     for f in (lambda: Square(queries=0), lambda: Square(queries=1.5), lambda: Square(Threat(0.1, lo=-1)), lambda: AutoAttack(Threat(0.1, hi=2)), lambda: PGD(restarts=0), lambda: PGD(restarts=2, start='image')):
         with pytest.raises(AderError): f()
-    with pytest.raises(AderError, match='at least 5×5 pixels'): Square(Threat(1, '2'))(linear(1, 4, 4), torch.rand(2,1,4,4), Y[:2])
+    with pytest.raises(AderError, match='at least 5×5 pixels'): Square(Threat(1, 'L2'))(linear(1, 4, 4), torch.rand(2,1,4,4), Y[:2])
     for bad in (X + 1, X.long(), X[:0]):
         with pytest.raises(AderError): Square()(conv(1), bad, Y[:len(bad)])
     with pytest.raises(AderError): AutoAttack()(conv(1), X, Y + K)

@@ -1,9 +1,10 @@
 import copy, pickle
 import numpy as np, pytest, torch
 from torch import nn
-from ader.attention import Adapt, AttentionBlock, AttentionNet, attend, can_attend, look, modulate
 from ader.data import AderError
 from ader.networks import build, mobilenet_v2, small_resnet
+from ader.attention import (AttentionBlock, AttentionNet, InputAdapter, add_attention,
+apply_attention, forward_with_attention, has_attention)
 
 @pytest.fixture
 def x(): return torch.rand(4,1,8,8)
@@ -13,14 +14,14 @@ def same(a, b): return all(torch.equal(p, q) for p,q in zip(a, b))
 def test_modulate_in_numpy():
     "Eq. 2, channel by channel."
     g, m = torch.randn(2,3,4,5), torch.rand(2,1,4,5)
-    got = modulate(g, m).numpy()
+    got = apply_attention(g, m).numpy()
     for b in range(2):
         for c in range(3): np.testing.assert_allclose(got[b,c], (1 + m[b,0].numpy())*g[b,c].numpy(), rtol=1e-6)
 
 @pytest.mark.parametrize('make,channels', [(small_resnet, 1), (lambda: small_resnet(stages=3, width=4), 1), (lambda: mobilenet_v2(width_mult=0.1), 3)])
 def test_last_stage_sees_the_modulated_features(make, channels):
     "What enters the last stage is (1+M)·g of what left the stage before, which the block leaves as it was; the map has their resolution."
-    net, seen = attend(make()).eval(), {}
+    net, seen = add_attention(make()).eval(), {}
     net.net.stages[-2].register_forward_hook(lambda m, i, o: seen.update(g=o, before=o.clone()))
     net.net.stages[-1].register_forward_pre_hook(lambda m, i: seen.update(last=i[0].clone()))
     with torch.no_grad(): out = net(torch.rand(2,channels,16,16), attend=True)
@@ -79,53 +80,53 @@ def test_depth_counts_convolutions(depth):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here DataParallel would leave the CPU')
 def test_behind_data_parallel(net, x):
-    "The wrapper keeps attention, logits and the answer to `can_attend`."
+    "The wrapper keeps attention, logits and the answer to `has_attention`."
     n = net().eval()
     wrapped = nn.DataParallel(n)
-    assert can_attend(wrapped) and same(look(wrapped, x), look(n, x)) and torch.equal(wrapped(x), n(x))
-    assert not can_attend(nn.DataParallel(n.net)) and look(nn.DataParallel(n.net), x).attention is None
+    assert has_attention(wrapped) and same(forward_with_attention(wrapped, x), forward_with_attention(n, x)) and torch.equal(wrapped(x), n(x))
+    assert not has_attention(nn.DataParallel(n.net)) and forward_with_attention(nn.DataParallel(n.net), x).attention is None
 
 @pytest.mark.parametrize('trip', [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=['deepcopy', 'pickle'])
 def test_round_trip(net, x, trip):
     "A copy answers alike, keeps its spec, and shares nothing with the original."
     n = net(); n(x); n.eval()
     twin = trip(n)
-    want = look(n, x)
-    assert same(look(twin, x), want) and twin.spec == n.spec and can_attend(twin)
+    want = forward_with_attention(n, x)
+    assert same(forward_with_attention(twin, x), want) and twin.config == n.config and has_attention(twin)
     with torch.no_grad(): [p.zero_() for p in twin.parameters()]
-    assert same(look(n, x), want)
+    assert same(forward_with_attention(n, x), want)
 
 def test_from_spec_and_state_dict(x, tmp_path):
     "Rebuilt from its spec, a network loads the saved weights strictly and answers alike, with settings away from the defaults."
-    n = attend(small_resnet(width=3, stages=3, classes=7), depth=2)
+    n = add_attention(small_resnet(width=3, stages=3, classes=7), depth=2)
     n(x); n.eval()
-    torch.save(dict(spec=n.spec, state=n.state_dict()), tmp_path/'n.pt')
+    torch.save(dict(spec=n.config, state=n.state_dict()), tmp_path/'n.pt')
     d = torch.load(tmp_path/'n.pt', weights_only=True)
-    twin = build(d['spec'])
+    twin = build(d['config'])
     twin.load_state_dict(d['state'])
-    assert isinstance(twin, AttentionNet) and same(look(twin.eval(), x), look(n, x))
+    assert isinstance(twin, AttentionNet) and same(forward_with_attention(twin.eval(), x), forward_with_attention(n, x))
 
 def test_channels_last(net):
     "Memory format changes no answer."
     n, x = net(in_channels=3).eval(), torch.rand(4,3,8,8)
-    want, got = look(n, x), look(n.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
+    want, got = forward_with_attention(n, x), forward_with_attention(n.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
     for a,b in zip(got, want): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 def test_attend_keeps_the_network_it_is_given(plain, x):
     "Weights already learned stay; the block is new. `look` at a network without a block gives its logits and two times nothing."
     p = plain().eval()
     logits, weights = p(x), copy.deepcopy(p.state_dict())
-    assert not can_attend(p) and torch.equal(look(p, x).logits, logits) and look(p, x)[1:] == (None, None)
-    n = attend(p)
+    assert not has_attention(p) and torch.equal(forward_with_attention(p, x).logits, logits) and forward_with_attention(p, x)[1:] == (None, None)
+    n = add_attention(p)
     assert n.net is p and all(torch.equal(v, p.state_dict()[k]) for k,v in weights.items())
 
 def test_bad_input(net, plain, x):
     "Refused with what was wrong."
-    for f in (lambda: attend(net()), lambda: attend(nn.Linear(2, 2)), lambda: attend('net'), lambda: attend(plain(), depth=0), lambda: net()(x[0]),
+    for f in (lambda: add_attention(net()), lambda: add_attention(nn.Linear(2, 2)), lambda: add_attention('net'), lambda: add_attention(plain(), depth=0), lambda: net()(x[0]),
               lambda: net()(torch.rand(2,3,8,8)), lambda: net()(torch.rand(2,3,8,8), attend=True)):
         with pytest.raises(AderError): f()
 
 
 @pytest.mark.parametrize('size', [True, [True, 8], 0, 8., [8], [8, 8, 8], 10**6])
 def test_sizes_that_are_none(size):
-    with pytest.raises(AderError, match='size must be'): Adapt(nn.Identity(), 1, size)
+    with pytest.raises(AderError, match='size must be'): InputAdapter(nn.Identity(), 1, size)

@@ -5,10 +5,12 @@ from fastai.learner import Learner
 from hypothesis import given, strategies as st
 from torch import nn
 from types import SimpleNamespace
-from ader.attacks import PGD, Threat
-from ader.attention import Attended
 from ader.data import AderError
-from ader.methods import ADER, ARD, AdaAD, BMTARD, IAD, MART, METHODS, MTARD, Method, RSLAD, boosted_ce, make_method, methods, settings_of, teachers_of
+from ader.attention import AttentionOutput
+from ader.attacks import PGD, Threat
+from ader.training import Method
+from ader.methods import (ADER, ARD, AdaAD, BMTARD, IAD, MART, METHODS, MTARD, RSLAD,
+boosted_ce, make_method, methods, settings_of, teachers_of)
 
 NEW = 'MART', 'ARD', 'IAD', 'RSLAD', 'AdaAD', 'MTARD', 'BMTARD'
 B, K = 6, 5
@@ -49,7 +51,7 @@ def case(seed=0, scale=2.):
 
 def on(method, epoch=0, epochs=10, student=None):
     "The method as in the middle of a fit."
-    method._net, method.learn = student or Speaks(matrix=False), SimpleNamespace(epoch=epoch, pct_train=epoch/epochs)
+    method.learn = SimpleNamespace(model=student or Speaks(matrix=False), epoch=epoch, pct_train=epoch/epochs)
     return method
 
 def say(t, x):
@@ -64,13 +66,13 @@ def test_mart(seed, beta, floor):
     got = on(MART(beta=beta, floor=floor)).loss(x, x_adv, y).item()
     assert got == pytest.approx(mart(x.flatten(1).numpy(), x_adv.flatten(1).numpy(), y.numpy(), beta, floor), rel=1e-10)
 
-@given(seeds, st.sampled_from([0., 0.3, 1.]), st.sampled_from([1., 5., 30.]), st.sampled_from(['batch', 'classes']))
+@given(seeds, st.sampled_from([0., 0.3, 1.]), st.sampled_from([1., 5., 30.]), st.sampled_from(['batchmean', 'mean']))
 def test_ard(seed, alpha, tau, average):
     "Goldblum et al. 2020, Eq. 2."
     x, x_adv, y, _, t = case(seed)
-    s, s_adv, k = x.flatten(1).numpy(), x_adv.flatten(1).numpy(), K if average == 'classes' else 1
+    s, s_adv, k = x.flatten(1).numpy(), x_adv.flatten(1).numpy(), K if average == 'mean' else 1
     want = (1-alpha)*ce(s, y).mean() + alpha*tau**2*kl(say(t, x), s_adv, tau).mean()/k
-    assert on(ARD(t, alpha, tau, average=average)).loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
+    assert on(ARD(t, alpha, tau, reduction=average)).loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
 
 @given(seeds, st.sampled_from([0., 0.4, 1.]), st.sampled_from([0., 0.1, 2.]), st.sampled_from([1., 4.]), st.booleans())
 def test_iad(seed, alpha, beta, tau, whole):
@@ -84,28 +86,28 @@ def test_iad(seed, alpha, beta, tau, whole):
         assert m.loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
         assert m.terms['trust'][0].item() == pytest.approx(1 if want is early else c.mean())
 
-@given(seeds, st.sampled_from([0., 5/6, 1.]), st.sampled_from(['batch', 'classes']))
+@given(seeds, st.sampled_from([0., 5/6, 1.]), st.sampled_from(['batchmean', 'mean']))
 def test_rslad(seed, alpha, average):
     "Zi et al. 2021, Eq. 5."
     x, x_adv, y, _, t = case(seed)
-    s, s_adv, k = x.flatten(1).numpy(), x_adv.flatten(1).numpy(), K if average == 'classes' else 1
+    s, s_adv, k = x.flatten(1).numpy(), x_adv.flatten(1).numpy(), K if average == 'mean' else 1
     want = (alpha*kl(say(t, x), s_adv) + (1-alpha)*kl(say(t, x), s)).mean()/k
-    assert on(RSLAD(t, alpha, average=average)).loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
+    assert on(RSLAD(t, alpha, reduction=average)).loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
 
-@given(seeds, st.sampled_from([0., 0.5, 1.]), st.sampled_from(['batch', 'classes']))
+@given(seeds, st.sampled_from([0., 0.5, 1.]), st.sampled_from(['batchmean', 'mean']))
 def test_adaad(seed, alpha, average):
     "Huang et al. 2023: each image's target is the teacher's answer to the same image."
     x, x_adv, y, _, t = case(seed)
-    s, s_adv, k = x.flatten(1).numpy(), x_adv.flatten(1).numpy(), K if average == 'classes' else 1
+    s, s_adv, k = x.flatten(1).numpy(), x_adv.flatten(1).numpy(), K if average == 'mean' else 1
     want = (alpha*kl(say(t, x_adv), s_adv) + (1-alpha)*kl(say(t, x), s)).mean()/k
-    assert on(AdaAD(t, alpha, average=average)).loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
+    assert on(AdaAD(t, alpha, reduction=average)).loss(x, x_adv, y).item() == pytest.approx(want, rel=1e-10)
 
-@given(seeds, st.sampled_from([0.025, 1.]), st.sampled_from([1., 2.]), st.sampled_from(['batch', 'classes']), st.sampled_from(['MTARD', 'BMTARD']))
+@given(seeds, st.sampled_from([0.025, 1.]), st.sampled_from([1., 2.]), st.sampled_from(['batchmean', 'mean']), st.sampled_from(['MTARD', 'BMTARD']))
 def test_mtard_and_bmtard(seed, momentum, beta, average, name):
     "Zhao et al. 2022 and 2024, several steps long: weight and temperatures move as in the papers, and slow down where the learning rate does."
     *_, c, r = case(seed)
-    m = on(methods[name](c, r, momentum=momentum, beta=beta, average=average, **(dict(rate=0.2) if name == 'BMTARD' else {})))
-    omega, tau, first, k = 0.5, [1., 1.], None, K if average == 'classes' else 1
+    m = on(methods[name](c, r, momentum=momentum, beta=beta, reduction=average, **(dict(rate=0.2) if name == 'BMTARD' else {})))
+    omega, tau, first, k = 0.5, [1., 1.], None, K if average == 'mean' else 1
     for step in range(6):
         x, x_adv, y, *_ = case(seed + 1000*step)
         epoch = [0, 0, 0, 8, 9, 9.6][step]
@@ -127,8 +129,8 @@ def test_gradient_is_the_loss_s(name):
     x, x_adv, y, c, r = case()
     w = torch.eye(K, dtype=torch.double) + 0.1
     def loss(w):
-        student = lambda x: Attended(x.flatten(1)@w, None, None)
-        m = on(make_method(name, c, r, **(dict(begin=0) if name == 'IAD' else dict(momentum=1e-9) if 'MTARD' in name else {})))
+        student = lambda x: AttentionOutput(x.flatten(1)@w, None, None)
+        m = on(make_method(name, c, r, **(dict(warmup=0) if name == 'IAD' else dict(momentum=1e-9) if 'MTARD' in name else {})))
         m.student = student
         return m.loss(x, x_adv, y)
     assert torch.autograd.gradcheck(loss, (w.requires_grad_(),))
@@ -138,12 +140,12 @@ def test_the_branch_gets_the_same_loss(name):
     "A student with a branch: the same again on its logits, against the teacher's own, weighted by `branch`."
     x, x_adv, y, c, r = case()
     def value(branch, student):
-        m = on(make_method(name, c, r, branch=branch, **(dict(momentum=1e-9) if 'MTARD' in name else {})))
+        m = on(make_method(name, c, r, branch_weight=branch, **(dict(momentum=1e-9) if 'MTARD' in name else {})))
         m.student = student
         return m.loss(x, x_adv, y).item()
     logits, side = (lambda x: x.flatten(1)), (lambda x: x.flatten(1).flip(1))
-    both = lambda x: Attended(logits(x), None, side(x))
-    main, branch = (value(1, lambda x, f=f: Attended(f(x), None, None)) for f in (logits, side))
+    both = lambda x: AttentionOutput(logits(x), None, side(x))
+    main, branch = (value(1, lambda x, f=f: AttentionOutput(f(x), None, None)) for f in (logits, side))
     assert value(0, both) == pytest.approx(main) and value(0.3, both) == pytest.approx(main + 0.3*branch, rel=1e-6)
 
 @pytest.mark.parametrize('right', [True, False])
@@ -175,8 +177,8 @@ def learner(small, net, tmp_path):
     return f
 
 def climbed(m, x, y, t):
-    "What the method's adversary climbs, for each image, as a function of images."
-    if m.inner == 'ce': return lambda z: torch.tensor(ce(m.net(z).detach().numpy(), y.numpy()))
+    "What the method's adversary inner_loss, for each image, as a function of images."
+    if m.inner_loss == 'ce': return lambda z: torch.tensor(ce(m.net(z).detach().numpy(), y.numpy()))
     target = t(x).detach().numpy()
     return lambda z: torch.tensor(kl(t(z).detach().numpy() if isinstance(m, AdaAD) else target, m.net(z).detach().numpy()))
 
@@ -197,7 +199,7 @@ def test_adaad_s_gradient_goes_through_both(net):
     "One step from the image follows the gradient of the divergence of both answers, and not of the student's alone."
     s, t, x = net().eval().double(), net().eval().double(), torch.rand(4,1,8,8, dtype=torch.double)*0.5 + 0.25
     m = AdaAD(t, threat=Threat(1e-3), steps=1, step_size=1e-3)
-    m._net, m.attack = s, PGD(Threat(1e-3), 1, 1e-3, 'image', 'kl')
+    m.learn, m.attack = SimpleNamespace(model=s), PGD(Threat(1e-3), 1, 1e-3, 'image', 'kl')
     moved = m.adversary(x, None) - x
     z = x.clone().requires_grad_()
     f = lambda a, b: (b.softmax(1)*(b.log_softmax(1) - a.log_softmax(1))).sum()
@@ -224,7 +226,7 @@ def test_training(make, learner, name):
     assert len(passes) == 2*2*3
     losses = [o[0] for o in learn.recorder.values]
     assert losses[1] < losses[0] and m.history().notna().all(axis=None)
-    assert set(m.shown) == set(m.history().columns) and set(learn.recorder.metric_names) >= {'clean', 'pgd-10', *m.shown}
+    assert set(m.logged_terms) == set(m.history().columns) and set(learn.recorder.metric_names) >= {'clean', 'pgd-10', *m.logged_terms}
     for r,t in m.teachers.items(): assert all(torch.equal(v, before[r][k]) for k,v in t.state_dict().items()) and not any(o.training for o in t.modules())
     assert all(p.grad is None and p.requires_grad for t in m.teachers.values() for p in t.parameters())
 
@@ -239,7 +241,7 @@ def test_plain_networks_will_do(plain, learner, name):
 def test_a_teacher_answers_once(net, learner, name, asked):
     "About the same images a teacher is asked once a step, in the next step again."
     r, calls = net().eval(), []
-    m = make_method(name, net().eval(), r, steps=2, **(dict(begin=0) if name == 'IAD' else {}))
+    m = make_method(name, net().eval(), r, steps=2, **(dict(warmup=0) if name == 'IAD' else {}))
     learn = learner(m); learn.fit(0)
     r.register_forward_hook(lambda *a: calls.append(1))
     learn.fit(1)
@@ -251,10 +253,12 @@ def test_a_loader_that_repeats_itself(net, learner):
     m = RSLAD(net().eval(), steps=1)
     learn = learner(m); learn.fit(0)
     x, y = learn.dls.train.one_batch()
-    a = m._step(x, y)
+    m.before_fit(), m.before_train()
+    learn.training, learn.n_iter, learn.n_epoch = True, 1, 1
+    learn.one_batch(0, (x, y))
     x.copy_(1 - x)
     with torch.no_grad(): want = m.teachers['robust'](x)
-    m._step(x, y)
+    learn.one_batch(0, (x, y))
     torch.testing.assert_close(m.teacher('robust', x).logits, want)
 
 def test_a_second_fit_begins_anew(make, learner):
@@ -286,8 +290,8 @@ def test_the_table_is_true():
     for o in METHODS:
         c = methods[o.method]
         assert teachers_of(c) == [r for r in ('clean', 'robust') if getattr(o, r)]
-        assert o.attention == issubclass(c, ADER) and bool(o.climbs) == bool(o.gradient) == (o.method != 'Natural')
-        assert ('CE' in o.climbs) == (c.inner == 'ce' and o.method != 'Natural') and c.__doc__
+        assert o.attention == issubclass(c, ADER) and bool(o.inner) == bool(o.gradient) == (o.method != 'Natural')
+        assert ('CE' in o.inner) == (c.inner_loss == 'ce' and o.method != 'Natural') and c.__doc__
 
 @pytest.mark.parametrize('name', [o.method for o in METHODS])
 def test_each_by_name(net, name):
@@ -312,22 +316,22 @@ def test_a_method_of_one_s_own_joins(net, monkeypatch):
         def __init__(self, robust, strength=2., **kwargs): super().__init__(teachers=dict(robust=robust), **kwargs); self.strength = strength
     monkeypatch.setitem(methods, 'Mine', Mine)
     assert make_method('mine', robust=net(), strength=3.).strength == 3
-    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'precision', 'compile', 'steps', 'step_size', 'branch', 'strength'}
+    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'precision', 'compile', 'steps', 'step_size', 'branch_weight', 'strength'}
     with pytest.raises(AderError, match='Mine needs a robust teacher'): make_method('mine')
 
 def test_settings():
     "The settings of a method with their defaults, its own and the base's, without the teachers."
     s = settings_of(BMTARD)
-    assert s['rate'] == 0.001 and s['momentum'] == 0.025 and s['average'] == 'batch' and s['steps'] == 10
+    assert s['rate'] == 0.001 and s['momentum'] == 0.025 and s['reduction'] == 'batchmean' and s['steps'] == 10
     assert not {'clean', 'robust', 'teachers', 'kwargs', 'self'} & set(s)
 
 # ---- doors
 
 @pytest.mark.parametrize('bad', [
-    lambda t: MART(beta=-1.), lambda t: MART(floor=-1e-4), lambda t: MART(floor=1.), lambda t: ARD(t, alpha=1.1), lambda t: ARD(t, alpha=-0.1), lambda t: ARD(t, temperature=0.),
-    lambda t: ARD(t, average='mean'), lambda t: IAD(t, alpha=2.), lambda t: IAD(t, beta=-1.), lambda t: IAD(t, begin=-1), lambda t: IAD(t, temperature=-2.),
+    lambda t: MART(beta=-1.), lambda t: MART(floor=-1e-4), lambda t: MART(floor=1.1), lambda t: ARD(t, alpha=1.1), lambda t: ARD(t, alpha=-0.1), lambda t: ARD(t, temperature=0.),
+    lambda t: ARD(t, reduction='sum'), lambda t: IAD(t, alpha=2.), lambda t: IAD(t, beta=-1.), lambda t: IAD(t, warmup=-1), lambda t: IAD(t, temperature=-2.),
     lambda t: RSLAD(t, alpha=7.), lambda t: AdaAD(t, alpha=float('nan')), lambda t: MTARD(t, t, momentum=0.), lambda t: MTARD(t, t, beta=0.), lambda t: MTARD(t, t, decay=(215,)),
-    lambda t: BMTARD(t, t, rate=-1.), lambda t: BMTARD(t, t, lowest=0.), lambda t: BMTARD(t, t, lowest=3., highest=2.), lambda t: RSLAD(t, steps=0), lambda t: ARD(t, branch=-1.)])
+    lambda t: BMTARD(t, t, rate=-1.), lambda t: BMTARD(t, t, tau_min=0.), lambda t: BMTARD(t, t, tau_min=3., tau_max=2.), lambda t: RSLAD(t, steps=0), lambda t: ARD(t, branch_weight=-1.)])
 def test_bad_settings(net, bad):
     "Refused in one sentence when the method is made."
     with pytest.raises(AderError) as e: bad(net())
@@ -336,5 +340,5 @@ def test_bad_settings(net, bad):
 @pytest.mark.parametrize('name', [o for o in NEW if o != 'MART'])
 def test_teacher_that_does_not_fit(net, learner, name):
     "One sentence naming the role, before the first step."
-    for teacher,match in ((net(classes=7), 'robust teacher knows 7 classes and the student 10'), ('t.pt', 'robust teacher must be a network')):
+    for teacher,match in ((net(classes=7), 'robust teacher has 7 classes and the student 10'), ('t.pt', 'robust teacher must be a network')):
         with pytest.raises(AderError, match=match): learner(make_method(name, net(), teacher, steps=1)).fit(1)

@@ -1,10 +1,10 @@
 "The same attack by ader, by foolbox and by the Adversarial Robustness Toolbox, on the same network and the same 500 digits."
 import numpy as np, pytest, torch
 from torch.nn import functional as F
-from ader.attacks import FGSM, PGD, Threat, length
 from ader.networks import small_resnet
+from ader.attacks import FGSM, PGD, Threat
 
-THREATS = Threat(0.1), Threat(0.5, '2')
+THREATS = Threat(0.1), Threat(0.5, 'L2')
 STEPS = 20
 POINTS = 0.006 # of accuracy: 3 of 500 digits
 SEEDS = range(4) # of random starts; a single one moves the accuracy by half a point itself
@@ -44,7 +44,7 @@ def art(net, x, y, t, step_size, seed):
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
     c = PyTorchClassifier(net, torch.nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type='cpu')
-    about = dict(norm=np.inf if t.norm == 'inf' else 2, eps=t.eps, batch_size=len(x))
+    about = dict(norm=np.inf if t.norm == 'Linf' else 2, eps=t.eps, batch_size=len(x))
     if step_size: attack = ProjectedGradientDescentPyTorch(c, eps_step=step_size, max_iter=STEPS, num_random_init=int(seed is not None), verbose=False, **about)
     else: attack = FastGradientMethod(c, **about)
     np.random.seed(seed or 0)
@@ -63,10 +63,10 @@ def test_same_images_without_a_random_start(trained, other, threat, share):
     net, x, y = trained
     a, b = (f(net, x, y, threat, share and share*threat.eps, None) for f in (ours, other))
     d = b - x
-    assert (d.abs().amax() if threat.norm == 'inf' else length(d).amax()) <= threat.eps + 1e-5
+    assert (d.abs().amax() if threat.norm == 'Linf' else _length(d).amax()) <= threat.eps + 1e-5
     assert 0.05 < accuracy(net, a, y) < accuracy(net, x, y) - 0.05, 'a comparison at the ends of the scale would show nothing'
     assert abs(accuracy(net, a, y) - accuracy(net, b, y)) <= POINTS + 1e-9
-    if not (other is art and threat.norm == '2' and share): assert ((a - b).abs() < 1e-3).float().mean() > 0.99
+    if not (other is art and threat.norm == 'L2' and share): assert ((a - b).abs() < 1e-3).float().mean() > 0.99
 
 @both
 @norms

@@ -2,12 +2,12 @@
 import copy
 import pytest, torch
 from torch import nn
-from ader.attacks import FGSM, PGD, PGD_sat, Threat, paper_attacks
-from ader.attention import attend
 from ader.data import AderError, Batches, Images, digits
-from ader.evaluation import accuracy_curves, measure, plot_robustness, wilson
 from ader.networks import small_resnet
+from ader.attention import add_attention
+from ader.attacks import FGSM, PGD, PGD_sat, Threat, paper_attacks
 from ader.teachers import teach
+from ader.evaluation import accuracy_curves, evaluate, plot_robustness, wilson
 
 
 @pytest.fixture(scope='module')
@@ -16,7 +16,7 @@ def net():
     return teach('natural', small_resnet(width=8), digits(), epochs=4, progress=False)
 
 
-def run(net, dl=None, **kw): return measure(net, digits().test if dl is None else dl, progress=False, **kw).drop(columns=['seconds', 'forward', 'backward'])
+def run(net, dl=None, **kw): return evaluate(net, digits().test if dl is None else dl, progress=False, **kw).drop(columns=['seconds', 'forward', 'backward'])
 
 
 def test_the_size_of_batches_does_not_matter(net):
@@ -85,7 +85,7 @@ def test_curves_start_clean_and_respect_the_pixel_range(net):
 
 
 def test_the_bars_show_the_table(net):
-    d = measure(net, digits().test, paper_attacks(Threat(0.1)), images=50, progress=False)
+    d = evaluate(net, digits().test, paper_attacks(Threat(0.1)), images=50, progress=False)
     ax = plot_robustness({'a': d, 'b': d})
     heights = [[b.get_height() for b in c] for c in ax.containers if hasattr(c[0], 'get_height')]
     assert heights == [pytest.approx(d.accuracy.tolist())]*2

@@ -1,34 +1,37 @@
-"Pictures of an attack on one image, with and without somebody to pull the sliders."
+"An attack on one image, as a strip of pictures and with sliders."
 import pytest, torch
 from ader.data import AderError
-from ader.explore import attack_strip, attack_view, explore, live
+from ader.explore import _attack_view, _is_interactive, attack_strip, explore
 
-@pytest.mark.parametrize('norm', ['inf', '2'])
-def test_a_view_stays_in_the_ball_and_leaves_the_network(net, norm):
-    n = net().train()
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+def test_the_attack_stays_in_the_ball_and_leaves_the_network(net, norm):
+    n, x = net().train(), torch.rand(1,8,8)
     before = {k: v.clone() for k,v in n.state_dict().items()}
-    v = attack_view(n, torch.rand(1,8,8), 3, 0.3, norm=norm)
-    size = v.added.abs().max() if norm == 'inf' else v.added.norm()
-    assert 0 < size <= 0.3 + 1e-5 and 0 <= v.x.min() and v.x.max() <= 1
-    assert v.p.sum().item() == pytest.approx(1, abs=1e-5) and n.training
+    out, z = _attack_view(n, x, 3, 0.3, 10, norm)
+    size = (z - x).abs().max() if norm == 'Linf' else (z - x).norm()
+    assert 0 < size <= 0.3 + 1e-5 and 0 <= z.min() and z.max() <= 1 and n.training
+    assert out.attention is not None
     assert all(torch.equal(o, before[k]) for k,o in n.state_dict().items())
 
-def test_bytes_and_colour(plain):
-    v = attack_view(plain(in_channels=3, classes=2), torch.randint(0, 256, (3,8,8), dtype=torch.uint8), 1, 0.1)
-    assert v.x.dtype == torch.float32 and v.attention is None and len(v.p) == 2
+def test_bytes_and_colour_without_attention(plain):
+    x = torch.randint(0, 256, (3,8,8), dtype=torch.uint8)
+    assert len(attack_strip(plain(in_channels=3, classes=2), x, 1, eps=[0, 0.1]).axes) == 4
 
-def test_where_nobody_can_pull_there_is_a_strip(net):
-    assert not live()
+def test_a_strip_where_there_is_nobody_to_move_sliders(net):
+    assert not _is_interactive()
     assert len(explore(net(), torch.rand(1,8,8), 3).axes) == 18
 
-def test_somebody_can_pull(net, monkeypatch):
+def test_sliders(net, monkeypatch):
     w = pytest.importorskip('ipywidgets')
-    monkeypatch.setattr('ader.explore.live', lambda: True)
-    box = explore(net(), torch.rand(1,8,8), 3, eps=0.2)
-    (e, s), im = box.children[0].children, box.children[1]
-    before = im.value
-    e.value = 0.2
-    assert im.value[:4] == b'\x89PNG' and im.value != before
+    seen = []
+    monkeypatch.setattr('ader.explore._is_interactive', lambda: True)
+    monkeypatch.setattr('ader.explore.attack_strip', lambda net, x, y, ε, n, *rest: seen.append((ε, n)))
+    monkeypatch.setattr(w, 'interact', lambda f, **sliders: f(**{k: o.max for k,o in sliders.items()}))
+    explore(net(), torch.rand(1,8,8), 3, eps=0.2, steps=30)
+    assert seen == [(0.2, 30)]
 
-def test_one_image_is_looked_at(net):
+def test_one_image_is_needed(net):
     with pytest.raises(AderError, match='one image'): explore(net(), torch.rand(2,1,8,8), 3)
+
+def test_settings_of_different_length(net):
+    with pytest.raises(ValueError): attack_strip(net(), torch.rand(1,8,8), 3, eps=[0, 0.1], steps=[1, 2, 3])

@@ -1,20 +1,20 @@
 "The fast path on a GPU, where there is one; nothing is faked where there is none."
 import pytest, torch
 from torch import nn
-from ader.attacks import PGD_sat, Threat
-from ader.attention import attend
-from ader.bench import bench_epoch, bench_profile, bench_train
 from ader.data import digits
-from ader.evaluation import measure
-from ader.fast import FrozenCopy, dtype_of
-from ader.methods import ADER
 from ader.networks import mobilenet_v2, small_resnet
+from ader.attention import add_attention
+from ader.attacks import PGD_sat, Threat
+from ader.speed import FrozenCopy, dtype_of
+from ader.methods import ADER
 from ader.teachers import train
+from ader.evaluation import evaluate
+from ader.bench import bench_epoch, bench_train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
 
-@pytest.mark.parametrize('make', [lambda: attend(small_resnet(1, 16, 3, stages=3)), mobilenet_v2])
+@pytest.mark.parametrize('make', [lambda: add_attention(small_resnet(1, 16, 3, stages=3)), mobilenet_v2])
 @pytest.mark.parametrize('precision, tolerance', [('float32', 1e-3), ('bfloat16', 0.05)])
 def test_the_copy_answers_as_the_network(make, precision, tolerance):
     net, x = make().cuda().eval(), torch.rand(8, 3, 32, 32, device='cuda')
@@ -31,10 +31,10 @@ def test_an_attack_repeats_and_stays_in_the_ball():
 @pytest.mark.parametrize('precision', ['auto', 'float32'])
 def test_ader_learns(precision):
     dls = digits(device='cuda')
-    net, teachers = attend(small_resnet()), [attend(small_resnet()).cuda() for _ in range(2)]
+    net, teachers = add_attention(small_resnet()), [add_attention(small_resnet()).cuda() for _ in range(2)]
     train(ADER(*teachers, precision=precision), net, dls, 1, progress=False)
     assert next(net.parameters()).is_cuda and dtype_of('auto', nn.Linear(1, 1).cuda()) in (torch.bfloat16, torch.float32)
-    d = measure(net, dls.test, images=100, progress=False)
+    d = evaluate(net, dls.test, images=100, progress=False)
     assert d.accuracy.between(0, 1).all()
 
 

@@ -1,8 +1,10 @@
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
-from ader.attention import Attended
 from ader.data import AderError
-from ader.losses import DIRECTIONS, attention_kl, distillation_loss, lesson, mix, soft_kl
+from ader.attention import AttentionOutput
+from ader.losses import attention_kl, distillation_loss, soft_kl, teacher_loss
+
+DIRECTIONS = 'T||S', 'S||T'
 
 seeds = st.integers(0, 999)
 scales = st.sampled_from([1e-3, 1., 30., 1e4])
@@ -168,32 +170,25 @@ def test_distillation_loss(seed, alpha, tau, direction):
     assert distillation_loss(s, t, y, alpha, tau, direction).item() == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 @given(seeds, st.floats(0.1, 5), st.floats(0.5, 5), directions, normalizations, st.floats(0.2, 5), directions)
-def test_lesson_passes_every_setting_on(seed, weight, tau, direction, att_normalize, att_tau, att_direction):
+def test_teacher_loss_passes_every_setting_on(seed, weight, tau, direction, att_normalize, att_tau, att_direction):
     "The two terms of Eqs. 5 and 6 with all settings away from their defaults."
     (s, t), (a, b) = logits(seed, 2., torch.float64, n=3), maps(seed, torch.float64, False, ((8,8), (4,4)))
-    soft, att = lesson(Attended(s, a, None), Attended(t, b, None), weight, tau, direction, att_normalize, att_tau, att_direction)
+    soft, att = teacher_loss(AttentionOutput(s, a, None), AttentionOutput(t, b, None), weight, tau, direction, att_normalize, att_tau, att_direction)
     assert soft.item() == pytest.approx(np_soft_kl(*as_np(s, t), tau, direction), rel=1e-9)
     assert att.item() == pytest.approx(weight*np_attention_kl(*as_np(a, b), att_normalize, att_tau, att_direction, 0), rel=1e-9)
 
-def test_lesson_without_attention_needs_and_touches_no_maps():
+def test_teacher_loss_without_attention_needs_and_touches_no_maps():
     "With weight 0 the maps are not even looked at, be they missing or of NaN."
     s, t = logits(0, 1., torch.float32)
     for m in None, torch.full((4,1,2,2), torch.nan):
-        soft, att = lesson(Attended(s, m, None), Attended(t, m, None), attention=0.)
+        soft, att = teacher_loss(AttentionOutput(s, m, None), AttentionOutput(t, m, None), attention=0.)
         assert att.item() == 0 and soft.isfinite()
-
-@given(st.floats(0, 1), st.floats(0, 100), st.floats(0, 100))
-def test_mix(omega, a, b):
-    "Eq. 8 lies between its two losses and ends at them, for ω as number and as tensor."
-    got = mix(omega, *torch.tensor([a, b], dtype=torch.double)).item()
-    assert min(a, b) - 1e-9 <= got <= max(a, b) + 1e-9 and got == pytest.approx(omega*a + (1-omega)*b, abs=1e-9)
-    assert mix(torch.tensor(omega, dtype=torch.double), *torch.tensor([a, b], dtype=torch.double)).item() == pytest.approx(got, abs=1e-9)
 
 S, M = torch.randn(2,3), torch.rand(2,1,2,2)
 @pytest.mark.parametrize('f', [
     lambda: soft_kl(S, torch.randn(2,4)), lambda: soft_kl(S, torch.randn(1,3)), lambda: soft_kl(S, S, 1., 'KL'), lambda: attention_kl(M, M, 'none'),
     lambda: attention_kl(M, M, direction='st'), lambda: distillation_loss(S, S, torch.tensor([0,1]), 1.1), lambda: distillation_loss(S, S, torch.tensor([0,1]), -0.1),
-    lambda: lesson(Attended(S, None, None), Attended(S, M, None)), lambda: lesson(Attended(S, M, None), Attended(S, None, None))])
+    lambda: teacher_loss(AttentionOutput(S, None, None), AttentionOutput(S, M, None)), lambda: teacher_loss(AttentionOutput(S, M, None), AttentionOutput(S, None, None))])
 def test_bad_input(f):
     "Refused with one sentence."
     with pytest.raises(AderError) as e: f()

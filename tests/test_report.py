@@ -2,18 +2,20 @@
 import copy, json
 import pytest, torch
 from torch import nn
-from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer
-from ader.attention import attend
 from ader.data import AderError, Batches, digits
-from ader.evaluation import by_class, compare, measure, report_page, robustness, survivors, tabulate
-from ader.methods import SAT, TRADES, Natural
 from ader.networks import small_resnet
+from ader.attention import add_attention
+from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer
+from ader.training import Natural, SAT
+from ader.methods import TRADES
 from ader.teachers import train
+from ader.evaluation import _tabulate, compare, evaluate, robust_mask
+from ader.sanity import by_class, report_page, robustness_report
 
 
 def trained(method, epochs=6):
     torch.manual_seed(0)
-    return train(method, attend(small_resnet(width=12)), digits(), epochs, progress=False).model
+    return train(method, add_attention(small_resnet(width=12)), digits(), epochs, progress=False).model
 
 @pytest.fixture(scope='module')
 def nets(): return dict(natural=trained(Natural(), 4), sat=trained(SAT(), 8), trades=trained(TRADES()))
@@ -25,7 +27,7 @@ class Fraud(nn.Module):
         self.net, self.before, self.after = net, before, after
     def forward(self, x): return self.after(self.net(self.before(x)))
 
-def judged(net, **kw): return robustness(net, digits().test, images=150, progress=False, **{**dict(attacks=[PGD_sat(Threat(0.2))], checks=60), **kw})
+def judged(net, **kw): return robustness_report(net, digits().test, images=150, progress=False, **{**dict(attacks=[PGD_sat(Threat(0.2))], checks=60), **kw})
 
 
 @pytest.mark.parametrize('name', ['sat', 'trades', 'natural'])
@@ -74,7 +76,7 @@ def test_the_worst_case_is_image_by_image(nets):
 def test_progress_of_another_evaluation_is_not_used(nets, tmp_path):
     "Other weights, other images, another seed or a damaged file: the work is done anew."
     dl, a = Batches(digits().test.dataset, 50), [PGD_sat(Threat(0.2))]
-    run = lambda net, **kw: measure(net, dl, a, images=100, progress=False, **kw).drop(columns='seconds')
+    run = lambda net, **kw: evaluate(net, dl, a, images=100, progress=False, **kw).drop(columns='seconds')
     want = run(nets['sat'])
     run(nets['natural'], folder=tmp_path)
     assert run(nets['sat'], folder=tmp_path).equals(want)
@@ -86,12 +88,12 @@ def test_progress_of_another_evaluation_is_not_used(nets, tmp_path):
 
 
 def test_two_attacks_of_one_name_are_refused(nets):
-    with pytest.raises(AderError, match='name of its own'): measure(nets['sat'], digits().test, [FGSM(Threat(0.1)), FGSM(Threat(0.2))], progress=False)
+    with pytest.raises(AderError, match='name of its own'): evaluate(nets['sat'], digits().test, [FGSM(Threat(0.1)), FGSM(Threat(0.2))], progress=False)
 
 
 def test_a_star_needs_a_clear_lead():
     ok = lambda k: (torch.arange(500) < k, dict(seconds=0., forward=0, backward=0))
-    t = compare(dict(a=tabulate(dict(clean=ok(400), pgd=ok(300))), b=tabulate(dict(clean=ok(410), pgd=ok(200)))))
+    t = compare(dict(a=_tabulate(dict(clean=ok(400), pgd=ok(300))), b=_tabulate(dict(clean=ok(410), pgd=ok(200)))))
     assert t.loc['pgd', 'a'].endswith('*') and not any(c.endswith('*') for c in (*t.loc['clean'], t.loc['pgd', 'b']))
 
 

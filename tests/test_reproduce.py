@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from ader.data import AderError
-from ader.reproduce import (Lease, OutOfTime, a_run, ader_reproduce_cli, answers, as_markdown, check_record, do, draw, how, in_order, one_cycle, pack, plan, read_record, read_records, run_id, run_name, runs,
-                            step_schedule, unpack, wanted, work)
+from ader.reproduce import in_order, one_cycle, plan, read_records, runs, step_schedule
+from ader.cli import ader_reproduce_cli
 
 FEW = dict(PGD_sat=dict(images=40))
 QUIET = dict(say=lambda s: None, poll=0.2)
@@ -211,7 +211,7 @@ def test_the_worst_case_is_that_of_attacks_on_the_network_itself(done, tmp_path,
     right = dict(clean=torch.arange(500) > 0, FGSM=torch.arange(500) > 4, PGD_sat=torch.arange(500) > 9)
     right['transfer-PGD_sat'] = torch.arange(500) > 99
     monkeypatch.setattr('ader.reproduce.as_attack', lambda name, *args: name)
-    monkeypatch.setattr('ader.reproduce.survivors', lambda net, batches, attack='clean', *args, **kwargs: (right[attack], dict(seconds=1., forward=0, backward=0)))
+    monkeypatch.setattr('ader.reproduce.robust_mask', lambda net, batches, attack='clean', *args, **kwargs: (right[attack], dict(seconds=1., forward=0, backward=0)))
     r = do(tiny() | dict(evaluate={k: dict(images=None) for k in right if k != 'clean'}), folder, **QUIET)
     fooled = {o['attack']: round(500*(1 - o['accuracy'])) for o in r['robustness']}
     assert fooled == {'clean': 1, 'FGSM': 5, 'PGD_sat': 10, 'transfer-PGD_sat': 100, 'worst case': 10} and r['seconds']['evaluation'] == 4

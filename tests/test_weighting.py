@@ -29,7 +29,7 @@ def test_against_the_equations(steps, beta, momentum):
 
 @given(pairs, betas, momenta, st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_scale_of_a_loss_does_not_matter(steps, beta, momentum, a, b):
-    "Each lesson may be measured in its own unit."
+    "Each teacher_loss may be measured in its own unit."
     got = run(AdaptiveWeight(beta, momentum), [(a*c, b*d) for c,d in steps])
     np.testing.assert_allclose(got, run(AdaptiveWeight(beta, momentum), steps), rtol=1e-6, atol=1e-9)
 
@@ -78,7 +78,7 @@ def test_no_gradient_and_no_graph(w):
 
 @pytest.mark.parametrize('first', [(0., 0.), (0., 2.), (2., 0.)])
 def test_a_first_loss_of_zero(first):
-    "Nothing to learn has no weight; both nothing is ½; the first loss above 0 becomes the L(0) of that lesson."
+    "Nothing to learn has no weight; both nothing is ½; the first loss above 0 becomes the L(0) of that teacher_loss."
     w = AdaptiveWeight()
     assert run(w, [first]) == [{(0., 0.): 0.5, (0., 2.): 0., (2., 0.): 1.}[first]]
     assert run(w, [(4., 2.)]) == [0.5 if first != (2., 0.) else 2/3]
