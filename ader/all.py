@@ -6,12 +6,13 @@
 __all__ = []
 
 # %% ../nbs/index.ipynb #dde05ac4
-from .data import AderError, Images, cifar10, cifar100, dataloaders, digits, image_folder, load_data
+from .data import (AderError, Images, cifar10, cifar100, dataloaders, digits, image_folder,
+                       load_data)
 from .networks import count_params, small_resnet, wide_resnet, wrn_22_6, wrn_34_10, wrn_70_16
 from .attention import InputAdapter, add_attention, forward_with_attention, show_attention
 from .losses import attention_kl, distillation_loss, soft_kl, teacher_loss
-from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square, Threat, Transfer,
-                          paper_attacks)
+from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square, Threat,
+                          Transfer, paper_attacks)
 from .weighting import AdaptiveWeight, AnnealedWeight, ConstantWeight
 from .training import SAT, Method, Natural, WeightEMA
 from .methods import (ADER, ARD, BMTARD, IAD, MART, MTARD, RSLAD, TRADES, AdaAD, make_method,
@@ -25,5 +26,5 @@ from .sanity import report_page, robustness_report
 from .explore import attack_strip, explore
 from fastai.callback.schedule import *
 from fastai.learner import Learner
-__all__ = [k for k,v in globals().items() if k[0] != '_' and 'ader' in getattr(v, '__module__', 'ader')]
-__all__ += ['Learner']
+_ours = lambda o: 'ader' in getattr(o, '__module__', 'ader')
+__all__ = [k for k,v in globals().items() if k[0] != '_' and _ours(v)] + ['Learner']

@@ -29,6 +29,7 @@ def _as_pixels(name:str, value:float|str) -> float:
     if not 0 < value < math.inf: raise AderError(f'{name} must be above 0, got {value:g}')
     return value
 
+# %% ../nbs/03_attacks.ipynb #6081da3d
 @dataclass(frozen=True)
 class Threat:
     "What an attacker may do: change an image by at most `eps` in a norm, within the pixel range."
@@ -45,7 +46,7 @@ class Threat:
             raise AderError(f'the pixel range is empty: lo={self.lo}, hi={self.hi}')
         if norm == 'Linf' and eps > self.hi - self.lo:
             hint = f'; did you mean {eps:g}/255?' if 1 < eps <= 255 else ''
-            raise AderError(f'ε={eps:g} is larger than the pixel range [{self.lo:g}, {self.hi:g}]{hint}')
+            raise AderError(f'ε={eps:g} exceeds the pixel range [{self.lo:g}, {self.hi:g}]{hint}')
         object.__setattr__(self, 'norm', norm)
         object.__setattr__(self, 'eps', eps)
 
@@ -60,6 +61,7 @@ def project(self:Threat, z:Tensor, x:Tensor) -> Tensor: # (B, C, H, W) each
     else: d = (z - x) * (self.eps / _length(z - x).clamp_min(self.eps))
     return (x + d).clamp(self.lo, self.hi)
 
+# %% ../nbs/03_attacks.ipynb #bd512b02
 @patch
 def direction(self:Threat, g:Tensor) -> Tensor: # (B, C, H, W), same
     "The step of length 1 along which a loss with gradient `g` grows fastest."
@@ -69,6 +71,7 @@ def direction(self:Threat, g:Tensor) -> Tensor: # (B, C, H, W), same
     g = g / g.abs().amax((1,2,3), keepdim=True).clamp_min(tiny) # squares of small numbers underflow
     return g / _length(g).clamp_min(tiny)
 
+# %% ../nbs/03_attacks.ipynb #0bf48cc6
 @patch
 def random(self:Threat, x:Tensor, generator:torch.Generator|None=None) -> Tensor:
     "A uniformly random point of the ball around each image, within the pixel range."
@@ -90,6 +93,7 @@ def _rank_slice(rank:int, world:int, whole:int):
     try: yield
     finally: _slice = before
 
+# %% ../nbs/03_attacks.ipynb #941a0b9b
 def _draw(f, x:Tensor, generator:torch.Generator|None, *size:int) -> Tensor: # (B, *size)
     "Random numbers by `f` (torch.rand, torch.randn) for the images `x`."
     here = _slice and len(range(_slice[0], _slice[2], _slice[1])) == len(x)
@@ -112,6 +116,7 @@ def kl(logits:Tensor, target:Tensor) -> Tensor: # (B, K), (B, K) logits -> (B,)
     log_p, log_t = F.log_softmax(logits, 1), F.log_softmax(target, 1)
     return F.kl_div(log_p, log_t, reduction='none', log_target=True).sum(1)
 
+# %% ../nbs/03_attacks.ipynb #356c1db3
 _OBJECTIVES = dict(ce=ce, cw=margin, kl=kl)
 
 # %% ../nbs/03_attacks.ipynb #c63e40ca
@@ -141,6 +146,7 @@ def random_start(
     if start == 'image': return x
     return threat.project(x + 0.001*_draw(torch.randn, x, generator, *x.shape[1:]), x)
 
+# %% ../nbs/03_attacks.ipynb #dff4224f
 def pgd(
     objective, # function of images (B, C, H, W) -> (B,) losses
     x:Tensor, # (B, C, H, W) images
@@ -173,6 +179,7 @@ def _check_count(**counts:int):
         if not (isinstance(n, Integral) and n >= 1):
             raise AderError(f'{name} must be a whole number of at least 1, got {n}')
 
+# %% ../nbs/03_attacks.ipynb #a3cf7c30
 @dataclass(frozen=True, repr=False)
 class PGD:
     "Projected gradient descent from a random start (Madry et al. 2018)."
@@ -212,6 +219,7 @@ def __call__(self:PGD,
         self.check_inputs(model, x, y)
         return self.perturb(model, x, y, generator)
 
+# %% ../nbs/03_attacks.ipynb #821f9bb1
 @patch
 def perturb(self:PGD, model, x, y, generator=None) -> Tensor: # arguments as of a call
     "The attack without checks, on a network that is frozen already."
@@ -225,6 +233,7 @@ def perturb(self:PGD, model, x, y, generator=None) -> Tensor: # arguments as of 
     for _ in range(self.restarts - 1): best = _keep_strongest(model, y, best, run())
     return best
 
+# %% ../nbs/03_attacks.ipynb #5ec450de
 @torch.no_grad()
 def _keep_strongest(model:nn.Module, y:Tensor, a:Tensor, b:Tensor) -> Tensor: # (B, C, H, W)
     "For each image the one of `a` and `b` where `model` is further from `y`, labels or logits."
@@ -246,6 +255,7 @@ def _check_float(x:Tensor, lo:float, hi:float):
     if not x.is_floating_point():
         raise AderError(f'attacks need float images, got {x.dtype}; see ader.data.as_float')
 
+# %% ../nbs/03_attacks.ipynb #6d587289
 @patch
 def check_inputs(self:PGD, model, x, y): # arguments as of a call
     "Refuse images and labels that can't be attacked."
@@ -255,6 +265,7 @@ def check_inputs(self:PGD, model, x, y): # arguments as of a call
     elif y.shape != (len(x), k):
         raise AderError(f"loss 'kl' needs logits of shape {(len(x), k)}, got {tuple(y.shape)}")
 
+# %% ../nbs/03_attacks.ipynb #0c24fff2
 @patch
 def with_eps(self:PGD, eps:float|str): # -> PGD
     "The same attack at another ε, its steps scaled alike."
@@ -278,6 +289,7 @@ def CW_inf(threat:Threat=Threat(), steps:int=30) -> PGD:
     "The margin of Carlini & Wagner (2017), optimised by PGD."
     return PGD(threat, steps, loss='cw', name='CW_inf')
 
+# %% ../nbs/03_attacks.ipynb #6639781a
 def paper_attacks(threat:Threat=Threat()) -> list[PGD]:
     "The white-box attacks of the paper's tables."
     return [FGSM(threat), PGD_sat(threat), PGD_trades(threat), CW_inf(threat)]
@@ -303,9 +315,11 @@ def until_fooled(self:PGD,
             left = left[~fooled]
     return out
 
+# %% ../nbs/03_attacks.ipynb #37d8290b
 def _pad_batch(i:Tensor, multiple:int=32) -> Tensor: # (n,) indices -> (next multiple,)
     return torch.cat([i, i[:1].expand(-len(i) % multiple)])
 
+# %% ../nbs/03_attacks.ipynb #4b8e87eb
 @patch
 def _run_until_fooled(self:PGD, model, x, y, z, bs): # -> (N, C, H, W) last points, (N,) bool
     "One run of many images from `z`, at most `bs` at a time."
@@ -381,6 +395,7 @@ def _preserve_rng(device:torch.device):
         try: yield
         finally: sys.settrace(trace)
 
+# %% ../nbs/03_attacks.ipynb #e5d06cdb
 class _External:
     "Base of the attacks from `pyautoattack`: a subclass says in `run` which."
     def __post_init__(self):
@@ -390,7 +405,7 @@ class _External:
 
     def __repr__(self): return self.name or type(self).__name__
 
-    def __call__(self, model, x, y, generator=None, bs=None) -> Tensor: # as `PGD`; bs: images at a time
+    def __call__(self, model, x, y, generator=None, bs=None) -> Tensor: # as `PGD`
         _check_float(x, 0, 1)
         seed = torch.randint(2**31, (1,), generator=generator, device=x.device).item()
         settings = dict(norm=self.threat.norm, eps=self.threat.eps, seed=seed, device=x.device)
@@ -424,6 +439,7 @@ class Square(_External):
             raise AderError(f'Square in L2 needs at least 5×5 pixels, got {tuple(x.shape[-2:])}')
         return SquareAttack(logits, n_queries=self.queries, **settings).perturb(x, y)
 
+# %% ../nbs/03_attacks.ipynb #fd01a911
 @dataclass(frozen=True, repr=False)
 class AutoAttack(_External):
     "The standard version of AutoAttack (Croce & Hein 2020)."

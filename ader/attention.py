@@ -48,6 +48,7 @@ def apply_attention(
 # (B, K) logits, (B, 1, h, w) map or None, (B, K) class scores of the branch or None
 AttentionOutput = namedtuple('AttentionOutput', 'logits attention branch_logits')
 
+# %% ../nbs/01_attention.ipynb #4c12202b
 class AttentionNet(nn.Module):
     "A network with an attention block before its last stage."
     gives_attention = True # `net(x, attend=True)` works
@@ -83,6 +84,7 @@ def add_attention(
     out.config = dict(arch='add_attention', net=getattr(net, 'config', None), depth=depth)
     return out
 
+# %% ../nbs/01_attention.ipynb #ab39b261
 archs['add_attention'] = lambda net, depth=1: add_attention(build(net), depth)
 
 # %% ../nbs/01_attention.ipynb #ddc90855
@@ -130,10 +132,12 @@ class InputAdapter(nn.Module):
         super().__init__()
         if channels is not None: _check_sizes(channels=channels)
         if size is not None:
-            size = [size, size] if isinstance(size, int) else list(size)
+            size = list(size) if isinstance(size, (list, tuple)) else [size]*2
             if len(size) != 2: raise AderError(f'size must be (height, width), got {size}')
             _check_sizes(height=size[0], width=size[1])
-        self.net, self.channels, self.size, self.normalize = net, channels, size, Normalize(mean, std)
+            if max(size) > 10_000: raise AderError(f'size is at most 10,000 pixels, got {size}')
+        self.net, self.channels, self.size = net, channels, size
+        self.normalize = Normalize(mean, std)
         self.metadata = getattr(net, 'metadata', {})
         if getattr(net, 'config', None):
             self.config = dict(arch='input_adapter', net=net.config, channels=channels, size=size,
@@ -158,6 +162,7 @@ class InputAdapter(nn.Module):
         x = self.convert(x)
         return forward_with_attention(self.net, x) if attend else self.net(x)
 
+# %% ../nbs/01_attention.ipynb #7013d627
 archs['input_adapter'] = lambda net, **kwargs: InputAdapter(build(net), **kwargs)
 
 # %% ../nbs/01_attention.ipynb #d9b9b94d

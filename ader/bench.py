@@ -40,6 +40,7 @@ class _PlainStep:
         loss.backward()
         self.opt.step()
 
+# %% ../nbs/29_bench.ipynb #ef681e0d
 class _OurStep:
     def __init__(self, net, clean, robust, x, y, compile=False):
         images = Images(x, y, [str(i) for i in range(10)], 'noise')
@@ -55,14 +56,18 @@ class _OurStep:
 
     def __call__(self, x, y): self.learn.one_batch(1, (x, y))
 
+# %% ../nbs/29_bench.ipynb #9a699c20
 _small = lambda blocks: small_resnet(blocks, 16, 3, stages=3)
+
 _STUDENTS = {'ResNet-8': lambda: _small(1), 'ResNet-20': lambda: _small(3), 'ResNet-18': resnet18,
              'MobileNet-V2': mobilenet_v2}
+
 _TEACHERS = {'small': (lambda: _small(3), lambda: _small(3)), 'WRN': (resnet56, wrn_34_10)}
 
 def _noise(n:int, size:int=32, device='cpu'): # -> images, labels
     return torch.rand(n, 3, size, size, device=device), torch.randint(0, 10, (n,), device=device)
 
+# %% ../nbs/29_bench.ipynb #19ccd4bb
 def _steps(student:str, teachers:str, bs:int=128, device='cpu', compile=False) -> dict:
     "One training step, plain and ours, on the same images, as functions."
     x, y = _noise(bs, device=device)
@@ -93,6 +98,7 @@ def _needed(student, clean, robust, size:int=32, steps:int=10) -> float: # multi
     s, c, r = (multiply_adds(o, size) for o in (student, clean, robust))
     return 2*steps*s + 2*3*s + c + r
 
+# %% ../nbs/29_bench.ipynb #74c6194d
 def bench_train(
     students:list[str], teachers:list[str], # names of networks
     rounds:int=7, # pairs of steps
@@ -108,8 +114,8 @@ def bench_train(
         work = bs*_needed(*[f() for f in (_STUDENTS[s], *_TEACHERS[t])])
         median = times.median()
         rows.append(dict(
-            student=s, teachers=t, bs=bs, **_ratio(times, 'plain'), images_per_second=bs/median.ader,
-            plain_images_per_second=bs/median.plain, share_of_matmul=work/median.ader/rate['ader'],
+            student=s, teachers=t, bs=bs, **_ratio(times, 'plain'),
+            images_per_second=bs/median.ader, plain_images_per_second=bs/median.plain, share_of_matmul=work/median.ader/rate['ader'],
             plain_share_of_matmul=work/median.plain/rate['plain']))
         r = rows[-1]
         print(f"{s:13s} {t:6s} {r['ratio']:5.1f} times, {r['images_per_second']:6.0f} images/s, "
@@ -155,6 +161,7 @@ def _trained(method, epochs:int) -> nn.Module: # a ResNet-8
     train(method, net, dataloaders(*_digits32(), bs=50, device='cpu'), epochs, progress=False)
     return net.eval()
 
+# %% ../nbs/29_bench.ipynb #8c5b7b08
 def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict:
     "By library, a function of images and labels that returns the accuracy under PGD."
     import foolbox, torchattacks
@@ -179,17 +186,20 @@ def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict
     fb_net = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
     art_net = PyTorchClassifier(net, nn.CrossEntropyLoss(), (3,32,32), 10, clip_values=(0, 1),
                                 device_type='cpu')
-    art = ProjectedGradientDescentPyTorch(art_net, norm=np.inf, eps=threat.eps, eps_step=step,
-                                          max_iter=steps, num_random_init=1, batch_size=bs, verbose=False)
+    art = ProjectedGradientDescentPyTorch(
+        art_net, norm=np.inf, eps=threat.eps, eps_step=step, max_iter=steps, num_random_init=1,
+        batch_size=bs, verbose=False)
     return dict(ader=ours, torchattacks=theirs(torchattacks.PGD(net, threat.eps, step, steps)),
                 foolbox=theirs(lambda x, y: fb(fb_net, x, y, epsilons=threat.eps)[1]),
                 ART=theirs(lambda x, y: torch.from_numpy(art.generate(x.numpy(), y.numpy()))))
 
-def bench_eval(rounds:int=7, n:int=512, epochs:int=6) -> list[dict]: # `epochs` of the robust network
-    "PGD-20 on `n` images of a robust and of a natural network, by ours and by three other libraries."
+# %% ../nbs/29_bench.ipynb #0d0bb137
+def bench_eval(rounds:int=7, n:int=512, epochs:int=6) -> list[dict]: # epochs: robust network's
+    "PGD-20 on `n` images of a robust and of a natural network, by ours and by three libraries."
     threat, sets, rows = Threat(0.1), _digits32(), []
     x, y = (torch.cat([getattr(o, k) for o in sets[1:]])[:n] for k in 'xy')
-    nets = dict(robust=_trained(TRADES(threat=threat), epochs), natural=_trained(Natural(threat), 2))
+    nets = dict(robust=_trained(TRADES(threat=threat), epochs),
+                natural=_trained(Natural(threat), 2))
     for kind,net in nets.items():
         fs, found = _evaluations(net, threat), {}
         run = lambda k: found.setdefault(k, []).append(fs[k](x, y))
@@ -211,6 +221,7 @@ def _peak_memory() -> float: # MB
         unit = 1024**(2 if sys.platform == 'darwin' else 1)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit
 
+# %% ../nbs/29_bench.ipynb #a7da4ae0
 def _memory_of(way:str, what:str) -> float: # MB; to be called in a fresh process
     torch.manual_seed(0)
     if what == 'evaluation':
@@ -222,6 +233,7 @@ def _memory_of(way:str, what:str) -> float: # MB; to be called in a fresh proces
     for _ in range(3): work()
     return _peak_memory() - before
 
+# %% ../nbs/29_bench.ipynb #9e4f3505
 def bench_memory() -> list[dict]:
     "Peak memory of a training step and of an evaluation, ours and the others'."
     cases = {s: ('plain', 'ader') for s in _STUDENTS}
@@ -229,7 +241,8 @@ def bench_memory() -> list[dict]:
     rows = []
     for what,way in [(k, o) for k,ways in cases.items() for o in ways]:
         code = f'from ader.bench import _memory_of; print(_memory_of({way!r}, {what!r}))'
-        out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+        command = [sys.executable, '-W', 'ignore', '-c', code]
+        out = subprocess.run(command, capture_output=True, text=True)
         if out.returncode:
             raise AderError(f'the memory of {what} by {way}: {out.stderr.splitlines()[-1]}')
         rows.append(dict(what=what, way=way, megabytes=float(out.stdout.split()[-1])))
@@ -244,6 +257,7 @@ def _machine(device:str) -> str:
         return next(o.split(':')[1].strip() for o in lines if o.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
+# %% ../nbs/29_bench.ipynb #3a1a15a3
 def ader_bench(
     out:str='ader_bench', # folder of the record; parts that an earlier call measured stay in it
     parts:str='train,eval,memory', # of train, eval, memory and epoch (hours without a GPU)
@@ -258,9 +272,10 @@ def ader_bench(
     known = dict(parts=('train', 'eval', 'memory', 'epoch'), students=_STUDENTS, teachers=_TEACHERS)
     for k,given in dict(parts=parts, students=students, teachers=teachers).items():
         for o in given.split(','):
-            if o not in known[k]: raise AderError(f'--{k}: some of {", ".join(known[k])}, got {o!r}')
+            if o not in known[k]:
+                raise AderError(f'--{k}: some of {", ".join(known[k])}, got {o!r}')
     if rounds < 3 or threads < 0:
-        raise AderError(f'--rounds is at least 3 and --threads at least 0, got {rounds} and {threads}')
+        raise AderError(f'--rounds is at least 3, --threads at least 0, got {rounds}, {threads}')
     if threads: torch.set_num_threads(threads)
     dtype = dtype_of('auto', nn.Linear(1, 1).to(device))
     record = dict(machine=_machine(device), threads=torch.get_num_threads(), compile=compile,
@@ -269,9 +284,11 @@ def ader_bench(
     if file.exists() and (old := read_json(file)).items() >= record.items(): record = old
     more = dict(device=device, compile=compile)
     what = dict(train=lambda: bench_train(students.split(','), teachers.split(','), rounds, **more),
-                eval=lambda: bench_eval(rounds), memory=bench_memory, epoch=lambda: bench_epoch(**more))
-    record['matmul'] = {k: _matmul_rate(getattr(torch, k), device)/1e9 for k in ('float32', 'bfloat16')}
-    print(f"{record['machine']}, {record['threads']} threads, G multiply-adds/s: {record['matmul']}")
+                eval=lambda: bench_eval(rounds), memory=bench_memory,
+                epoch=lambda: bench_epoch(**more))
+    types = 'float32', 'bfloat16'
+    record['matmul'] = {k: _matmul_rate(getattr(torch, k), device)/1e9 for k in types}
+    print(f"{record['machine']}, {record['threads']} threads, matmul: {record['matmul']}")
     for p in parts.split(','):
         record[p] = what[p]()
         atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False).encode())

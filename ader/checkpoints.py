@@ -28,6 +28,7 @@ def seed_everything(seed:int):
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
+# %% ../nbs/23_checkpoints.ipynb #faf80f81
 def _random_sources(dls) -> list[tuple]: # (get, set) of each source of randomness
     own = [vars(dl).get('rng') for dl in dls.loaders] # some loaders have a generator of their own
     pairs = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
@@ -98,6 +99,7 @@ def _write_checkpoint(path:Path, d:dict):
     torch.save(_to_builtin(d), buf)
     atomic_write(path, hashlib.sha256(buf.getvalue()).digest() + buf.getvalue())
 
+# %% ../nbs/23_checkpoints.ipynb #913d1bfd
 def _read_checkpoint(path:Path, device='cpu') -> dict|None: # None: it is damaged
     data = _read(path)
     if hashlib.sha256(data[32:]).digest() != data[:32]: return None
@@ -149,6 +151,7 @@ def _state(learn) -> dict: # all that the next epoch depends on, and the records
                 random=[get() for get,_ in _random_sources(learn.dls)],
                 rows=r.values, iters=r.iters, lrs=r.lrs, losses=r.losses, smooth=r.smooth_loss.val)
 
+# %% ../nbs/23_checkpoints.ipynb #da00dbcc
 def _set_state(learn, d:dict):
     r, cpu = learn.recorder, lambda o: o.cpu() if isinstance(o, Tensor) else o
     objects = d['objects']
@@ -185,6 +188,7 @@ def before_epoch(self:Resume):
     self.recorder.smooth_loss.count = self.iters[self.epoch]
     raise CancelEpochException
 
+# %% ../nbs/23_checkpoints.ipynb #1fe3bad8
 @patch
 def after_epoch(self:Resume):
     n = self.epoch + 1
@@ -219,6 +223,7 @@ def saved_files(path:str|Path) -> tuple[Path, Path]: # weights, description
     p = p.with_suffix('') if p.suffix in ('.safetensors', '.json') else p
     return p.with_name(p.name + '.safetensors'), p.with_name(p.name + '.json')
 
+# %% ../nbs/23_checkpoints.ipynb #8964a5c5
 def save(
     net:nn.Module, path:str|Path, # a network with a `config`; 'teachers/clean', with suffix or not
     **metadata # added to `net.metadata`
@@ -243,6 +248,7 @@ def _build_for(tensors:dict[str,Tensor], config:dict) -> nn.Module: # with fresh
         with torch.device('meta'): build(config).load_state_dict(tensors, assign=True)
     return build(config)
 
+# %% ../nbs/23_checkpoints.ipynb #89de68df
 def load(
     path:str|Path, # as given to `save`
     into:nn.Module|None=None, # load into this network; default: build it from the description

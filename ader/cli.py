@@ -142,20 +142,20 @@ def _write_demo(out:Path, done:dict, pictures:dict, facts:dict) -> str: # the ta
     save(done['ADER'].net, out/'student', test=scores)
     return f'{markdown_table(table)}\nPercent of test images ± 95% CI. {trust}'
 
-# %% ../nbs/27_command_line.ipynb #1db4357d
+# %% ../nbs/27_command_line.ipynb #31987328
 def ader_demo(
     out:str='ader_demo', # folder to write the results to
     seed:int=0, # of everything random; the same seed gives the same table
     eps:float=0.2, # ε of the attacks, L∞, in units of pixels in [0, 1]
     epochs:int=12, # passes over the 1,000 training digits, for each of the nine networks
-    quick:bool=False, # 1 epoch, and only 200 of the 500 test images
+    quick:bool=False, # 1 epoch, and only 100 of the 500 test images
     workers:int=0 # processes; 0: one a core, at most 7, and a single one for a quick run
 ):
     "Train two teachers and seven students on digits, attack them all, and write a report."
     start, threat = time.perf_counter(), Threat(eps)
     _check(epochs, seed=seed, workers=workers)
     out = check_folder(out)
-    epochs, images, checks = (1, 200, 20) if quick else (epochs, 500, 50)
+    epochs, images, checks = (1, 100, 10) if quick else (epochs, 500, 50)
     workers = workers or (1 if quick else min(len(_STUDENTS), num_cpus()))
     print(f'digits, ε = {eps:g}, seed {seed}, {epochs} epochs', flush=True)
     with one_thread():

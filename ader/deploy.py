@@ -6,14 +6,13 @@
 __all__ = ['to_onnx', 'onnx_session', 'run_onnx', 'check_onnx', 'to_int8', 'StraightThrough', 'compare_int8', 'costs',
            'model_card', 'push_to_hub', 'ader_export']
 
-# %% ../nbs/26_deploy.ipynb #eb0e12c0
+# %% ../nbs/26_deploy.ipynb #79056535
 import ader, copy, hashlib, json, platform, re, tempfile, torch, warnings
 import pandas as pd
 from importlib import import_module
 from jinja2 import Environment, PackageLoader
 from pathlib import Path
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from types import SimpleNamespace
 from .attacks import PGD_sat, Threat, Transfer, frozen
 from .attention import forward_with_attention
@@ -174,13 +173,14 @@ def compare_int8(
                Transfer(nets['int8'], PGD_sat(threat), 'PGD through int8')]
     return {k: evaluate(o, dl, attacks, threat, **kwargs) for k,o in nets.items()}
 
-# %% ../nbs/26_deploy.ipynb #c46aab0c
+# %% ../nbs/26_deploy.ipynb #2a177609
 def costs(
     nets:dict[str,tuple[nn.Module,bytes]], # name -> (network, its ONNX file)
     x:Tensor, # (B, C, H, W) images; one for latency, many for throughput
     rounds:int=11 # turns
 ) -> pd.DataFrame: # a row a network: bytes, parameters, multiply_adds, ms, ratio to the first
     "Size, parameters, multiply-adds and time of ONNX files, on one thread of this CPU."
+    from torch.utils.benchmark import Timer # it looks for a compiler, and may say so
     with one_thread(): sessions = [onnx_session(o) for _,o in nets.values()]
     timers = [Timer('s.run(None, x)', globals=dict(s=s, x=_feed(s, x))) for s in sessions]
     time = lambda t: 1e3*t.blocked_autorange(min_run_time=0.02).median
@@ -226,7 +226,7 @@ def push_to_hub(
     except Exception as e: # names, tokens, the network and the Hub fail in different ways
         raise AderError(f'could not push to {repo} ({_why(e)}); push again, all is here') from None
 
-# %% ../nbs/26_deploy.ipynb #658e80db
+# %% ../nbs/26_deploy.ipynb #4e839193
 def _find_saved(path:str|Path) -> Path: # the common stem of its files
     "A saved network, by its folder or by one of its files."
     p = Path(path)
@@ -236,9 +236,9 @@ def _find_saved(path:str|Path) -> Path: # the common stem of its files
     raise AderError(f'{p} must hold one saved network (.safetensors with .json), not {len(found)}')
 
 def _load_several(paths:str|None) -> dict[str,nn.Module]: # separated by commas; by name
-    ps = [Path(p).absolute() for p in (paths or '').split(',') if p]
-    once = lambda p: [o.stem for o in ps].count(p.stem) == 1
-    return {p.stem if once(p) else f'{p.parent.name}-{p.stem}': load(_find_saved(p)) for p in ps}
+    nets = [(Path(p).absolute(), load(_find_saved(p))) for p in (paths or '').split(',') if p]
+    once = lambda p: [o.stem for o,_ in nets].count(p.stem) == 1
+    return {p.stem if once(p) else f'{p.parent.name}-{p.stem}': net for p,net in nets}
 
 # %% ../nbs/26_deploy.ipynb #263ba0de
 def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **kwargs):

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 class _SyncNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
     "Batch norm with the statistics of all processes, on GPUs; foldable, since a `BatchNorm2d`."
 
+# %% ../nbs/25_distributed.ipynb #3862b1ba
 class _SyncNormCPU(nn.BatchNorm2d):
     "Batch norm with the statistics of all processes, on CPUs."
     def _check_input_dim(self, x): pass
@@ -46,6 +47,7 @@ def shutdown():
     gc.collect() # the last training's `DistributedDataParallel` holds on to them
     if is_distributed(): torch.distributed.destroy_process_group()
 
+# %% ../nbs/25_distributed.ipynb #09e3c01a
 @patch
 def before_fit(self:DistributedTrainer):
     atexit.unregister(shutdown) # after an error here the others may never answer
@@ -62,6 +64,7 @@ def before_fit(self:DistributedTrainer):
     self.learn.dls.loaders = [self._wrap_dl(dl) for dl in self.dls]
     if rank_and_world()[0]: self.learn.logger = lambda *args: None
 
+# %% ../nbs/25_distributed.ipynb #42165a5a
 @patch
 def after_fit(self:DistributedTrainer):
     for m,kind in self.norms.items(): m.__class__ = kind

@@ -7,10 +7,10 @@ __all__ = ['wilson', 'robust_mask', 'evaluate', 'plot_robustness', 'accuracy_cur
            'plot_attention', 'loss_surface', 'plot_loss_surface', 'compare', 'markdown_table', 'TeacherCheck',
            'check_teacher']
 
-# %% ../nbs/07_evaluation.ipynb #2c06bf5e
-import copy, dataclasses, hashlib, json, time, torch
+# %% ../nbs/07_evaluation.ipynb #29dc5dac
+import copy, dataclasses, json, time, torch
 import pandas as pd
-from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
@@ -28,42 +28,53 @@ def wilson(correct:int, n:int) -> tuple[float, float]: # both ends, as fractions
     ci = binomtest(int(correct), int(n)).proportion_ci(0.95, 'wilson')
     return float(ci.low), float(ci.high)
 
-# %% ../nbs/07_evaluation.ipynb #e69c0784
-def _fingerprint(*parts) -> str: # 16 hexadecimal digits
-    "Of tensors, networks, attacks and anything with a `repr`."
-    h = hashlib.sha256()
-    def add(o):
-        if isinstance(o, nn.Module): add([type(o).__name__, *o.state_dict().values()])
-        elif isinstance(o, Tensor):
-            h.update(str((o.dtype, o.shape)).encode())
-            h.update(o.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif dataclasses.is_dataclass(o):
-            add([type(o).__name__, *[getattr(o, f.name) for f in dataclasses.fields(o)]])
-        elif isinstance(o, (list, tuple)): [add(v) for v in o]
-        else: h.update(repr(o).encode())
-    add(parts)
-    return h.hexdigest()[:16]
-
+# %% ../nbs/07_evaluation.ipynb #1c259d6d
 def _first_batches(dl, images:int|None, device) -> list[tuple[Tensor, Tensor]]:
     "Batches of the first `images` images of a loader, float32 on the device."
-    if images is not None and images < 1: raise AderError(f'at least 1 image is needed, got {images}')
-    out, left = [], images
+    out, few = [], images is not None
+    if few and images < 1: raise AderError(f'at least 1 image is needed, got {images}')
     for x,y,*_ in dl:
-        x, y = x[:left].as_subclass(Tensor), y[:left].as_subclass(Tensor)
+        x, y = (o[:images].as_subclass(Tensor) for o in (x, y))
         check_images(x)
         out.append((x.to(device).float(), y.to(device)))
-        if left is not None:
-            left -= len(x)
-            if not left: break
+        if few: images -= len(x)
+        if images == 0: break
     if not out: raise AderError('there are no images to evaluate on')
     return out
 
+# %% ../nbs/07_evaluation.ipynb #2dbcf996
 def _float32(model:nn.Module) -> nn.Module:
     "The model itself, or a copy in float32 if it is in anything else."
     low = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
     return copy.deepcopy(model).float() if low else model
 
-# %% ../nbs/07_evaluation.ipynb #bece4e58
+# %% ../nbs/07_evaluation.ipynb #986bd504
+def _still_correct(model, search, attack, x, y, ok, rng, bs) -> Tensor: # (B,) bool
+    "Which of the images `ok` are correct under the attack; those that are not `ok` are left out."
+    if not ok.any(): return ok
+    z, y = x[ok], y[ok]
+    if hasattr(attack, 'until_fooled'): z = attack.until_fooled(search, z, y, rng, bs)
+    elif attack is not None: z = attack(search, z, y, rng)
+    with frozen(model), torch.no_grad():
+        correct = [model(a).argmax(1) == b for a,b in zip(z.split(bs), y.split(bs))]
+    return ok.masked_scatter(ok, torch.cat(correct))
+
+# %% ../nbs/07_evaluation.ipynb #957b2ffa
+def _bytes(o) -> bytes: # that tell it from others
+    if isinstance(o, Tensor):
+        raw = o.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return str((o.dtype, o.shape)).encode() + raw.numpy().tobytes()
+    if isinstance(o, nn.Module): o = [type(o).__name__, *o.state_dict().values()]
+    elif dataclasses.is_dataclass(o):
+        o = [type(o).__name__, *[getattr(o, f.name) for f in dataclasses.fields(o)]]
+    if isinstance(o, (list, tuple)): return b''.join(sha256(_bytes(v)).digest() for v in o)
+    return repr(o).encode()
+
+def _fingerprint(*parts) -> str: # 16 hexadecimal digits
+    "Of tensors, networks, attacks and anything with a `repr`."
+    return sha256(_bytes(parts)).hexdigest()[:16]
+
+# %% ../nbs/07_evaluation.ipynb #1187b71d
 _CHUNK = 1000 # images between two notes of the progress
 
 def _read_progress(file, key:str) -> dict:
@@ -71,11 +82,7 @@ def _read_progress(file, key:str) -> dict:
     except (OSError, ValueError, KeyError, TypeError): # none, damaged, or of another evaluation
         return dict(correct=[], seconds=0., forward=0, backward=0)
 
-@torch.no_grad()
-def _is_correct(model:nn.Module, x:Tensor, y:Tensor, bs:int) -> Tensor: # (B,) bool
-    batches = zip(x.split(bs), y.split(bs))
-    with frozen(model): return torch.cat([model(a).argmax(1) == b for a,b in batches])
-
+# %% ../nbs/07_evaluation.ipynb #60189a42
 def robust_mask(
     model:nn.Module, # images in [0, 1] -> logits; left as it was
     batches:list, # of (x, y)
@@ -88,65 +95,70 @@ def robust_mask(
 ) -> tuple[Tensor, dict]: # (N,) bool; seconds, forward and backward passes
     "Which images `model` classifies correctly under `attack`."
     if attack is not None and mask is None: mask, _ = robust_mask(model, batches)
-    search, bs = search_model or model, len(batches[0][1])
+    search, bs, (x, y) = search_model or model, len(batches[0][1]), map(torch.cat, zip(*batches))
+    ok = torch.ones_like(y, dtype=torch.bool) if attack is None else mask.to(y.device)
     parts = model, batches, attack, seed, getattr(search, 'dtype', None)
     key = progress_file and _fingerprint(*parts)
-    done = _read_progress(progress_file if key else None, key)
-    for i,(x,y) in enumerate(zip(*(torch.cat(o).split(_CHUNK) for o in zip(*batches)))):
-        first, start = i*_CHUNK, time.perf_counter()
-        if len(done['correct']) < first + len(y):
+    done = _read_progress(progress_file, key)
+    for i,chunk in enumerate(zip(*(o.split(_CHUNK) for o in (x, y, ok)))):
+        if len(done['correct']) <= i*_CHUNK:
+            start, rng = time.perf_counter(), torch.Generator(y.device)
+            rng.manual_seed(seed*100_003 + i)
             with count_passes(model, search) as n:
-                if attack is None: ok = _is_correct(model, x, y, bs)
-                else:
-                    ok = mask[first:first+len(y)].to(y.device)
-                    rng = torch.Generator(y.device).manual_seed(seed*100_003 + i)
-                    if ok.any(): ok = _attack_chunk(model, search, attack, x, y, ok, rng, bs)
-            done['correct'] += ok.int().tolist()
+                correct = _still_correct(model, search, attack, *chunk, rng, bs)
+            done['correct'] += correct.int().tolist()
             for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v
             if key: atomic_write(Path(progress_file), json.dumps({key: done}).encode())
         on_progress()
     return torch.tensor(done.pop('correct'), dtype=torch.bool), done
 
-def _attack_chunk(model, search, attack, x, y, ok, rng, bs) -> Tensor: # (B,) bool
-    args = search, x[ok], y[ok], rng
-    z = attack.until_fooled(*args, bs) if hasattr(attack, 'until_fooled') else attack(*args)
-    return ok.masked_scatter(ok, _is_correct(model, z, y[ok], bs))
-
-# %% ../nbs/07_evaluation.ipynb #2075f018
+# %% ../nbs/07_evaluation.ipynb #d613970e
 _COST = 'seconds', 'forward', 'backward'
+
+def _accuracy(ok:Tensor) -> tuple[float, float, float]: # accuracy, low, high
+    return ok.float().mean().item(), *wilson(ok.sum(), len(ok))
 
 def _tabulate(results:dict[str,tuple[Tensor,dict]]) -> pd.DataFrame: # a row an attack
     "Accuracies with 95% intervals and cost, from results of `robust_mask` by attack."
-    row = lambda name, ok, cost: (name, ok.float().mean().item(), *wilson(ok.sum(), len(ok)),
-                                  len(ok), *[cost[k] for k in _COST])
-    rows = [row(k, ok, cost) for k,(ok,cost) in results.items()]
     if len(results) > 2:
         masks, costs = zip(*results.values())
         total = {k: sum(c[k] for c in costs) for k in _COST}
-        rows.append(row('worst case', torch.stack(masks).all(0), total))
+        results = results | {'worst case': (torch.stack(masks).all(0), total)}
+    row = lambda name, ok, cost: (name, *_accuracy(ok), len(ok), *[cost[k] for k in _COST])
+    rows = [row(k, *o) for k,o in results.items()]
     return pd.DataFrame(rows, columns=['attack', 'accuracy', 'low', 'high', 'images', *_COST])
 
+# %% ../nbs/07_evaluation.ipynb #9ad5a9eb
 def _attack_all(model, batches, attacks, seed=0, folder=None, progress=True, search_model=None):
     "Results of `robust_mask` by attack, the first 'clean'."
     names = ['clean', *map(repr, attacks), 'worst case']
     if len({*names}) < len(names):
         raise AderError(f'each attack needs a name of its own, got {", ".join(names[1:-1])}')
-    k = _num_classes(model, batches[0][0])
+    with frozen(model), torch.no_grad(): k = _num_classes(model, batches[0][0])
     for x,y in batches: check_labels(y, x, k)
     file = lambda a: Path(folder)/f'{_fingerprint(a)}.progress.json' if folder else None
     steps = range(-(-sum(len(y) for _,y in batches)//_CHUNK)*(len(attacks) + 1))
     bar = iter(progress_bar(steps, leave=False) if progress else steps)
     step = lambda: next(bar, None)
-    results = {'clean': robust_mask(model, batches, progress_file=file('clean'), on_progress=step)}
-    mask = results['clean'][0]
-    for a in attacks:
-        results[repr(a)] = robust_mask(model, batches, a, seed, mask, file(a), step, search_model)
+    clean = robust_mask(model, batches, progress_file=file('clean'), on_progress=step)
+    run = lambda a: robust_mask(model, batches, a, seed, clean[0], file(a), step, search_model)
+    results = {'clean': clean} | {repr(a): run(a) for a in attacks}
     step() # ends the bar
     return results
 
+# %% ../nbs/07_evaluation.ipynb #a6756373
 def _threat_of(dl) -> Threat: # Linf with the customary ε of its data
     return Threat(getattr(getattr(dl, 'dataset', None), 'eps', None))
 
+def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None, progress=True,
+         precision='float32', compile=False):
+    "The network in float32, its copy for the search, the batches, and the results by attack."
+    batches, net = _first_batches(dl, images, next(model.parameters()).device), _float32(model)
+    if attacks is None: attacks = paper_attacks(threat or _threat_of(dl))
+    search = FrozenCopy(net, batches[0][0], precision, compile)
+    return net, search, batches, _attack_all(net, batches, attacks, seed, folder, progress, search)
+
+# %% ../nbs/07_evaluation.ipynb #96a31c81
 def evaluate(
     model:nn.Module, # images in [0, 1] -> logits; left as it was
     dl, # batches (x, y), for example `dls.test`
@@ -156,62 +168,54 @@ def evaluate(
     seed:int=0, # of the random starts
     folder:str|Path|None=None, # keep progress here, and continue from there
     progress:bool=True, # show a bar
-    precision:str='float32', # of the search; see `ader.speed.dtype_of`
-    compile:bool=False # use `torch.compile` for the search
+    precision:str='float32', compile:bool=False # of the search; see `ader.speed.FrozenCopy`
 ) -> pd.DataFrame: # attack, accuracy, low, high (95% interval), images, seconds, passes
     "Accuracy without attack, under each attack, and in the worst case."
-    batches = _first_batches(dl, images, next(model.parameters()).device)
-    net, attacks = _float32(model), _default_attacks(dl, attacks, threat)
-    search = FrozenCopy(net, batches[0][0], precision, compile)
-    return _tabulate(_attack_all(net, batches, attacks, seed, folder, progress, search))
+    run = _run(model, dl, attacks, threat, images, seed, folder, progress, precision, compile)
+    return _tabulate(run[-1])
 
-def _default_attacks(dl, attacks, threat) -> list:
-    return paper_attacks(threat or _threat_of(dl)) if attacks is None else list(attacks)
-
-# %% ../nbs/07_evaluation.ipynb #6e9bf4b0
+# %% ../nbs/07_evaluation.ipynb #dda80b4a
 def plot_robustness(
     results:dict[str,pd.DataFrame]|pd.DataFrame, # tables of `evaluate` by network; or one table
     ax=None # matplotlib axes
 ): # -> matplotlib axes
     "Accuracy under each attack, with 95% intervals."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import seaborn as sns
     if isinstance(results, pd.DataFrame): results = {'': results}
-    d, many = pd.concat([o.assign(net=k) for k,o in results.items()]), len(results) > 1
-    if ax is None:
-        _, ax = plt.subplots(figsize=(1.5 + len(d)*(0.3 + 0.7/len(results)), 3.2))
-    sns.barplot(d, x='attack', y='accuracy', hue='net', ax=ax, palette='colorblind', legend=many)
-    for bars,o in zip(ax.containers, results.values()):
-        at = [b.get_x() + b.get_width()/2 for b in bars]
-        ends = o.accuracy - o.low, o.high - o.accuracy
-        ax.errorbar(at, o.accuracy, ends, fmt='none', c='0.2', lw=1, capsize=2)
-    ax.set(ylim=(0, 1), xlabel='')
-    if many: ax.get_legend().set_title('')
-    return ax
+    t = pd.concat({k: o.set_index('attack') for k,o in results.items()}, axis=1)
+    d = t.xs('accuracy', axis=1, level=1)
+    ends = [[d[k] - t[k].low, t[k].high - d[k]] for k in d]
+    width = 1.5 + d.size*(0.3 + 0.7/len(results))
+    return d.plot.bar(ax=ax, yerr=ends, capsize=2, width=0.8, color=sns.color_palette('colorblind'),
+                      ylim=(0, 1), xlabel='', ylabel='accuracy', rot=0, legend=len(results) > 1,
+                      figsize=None if ax else (width, 3.2), error_kw=dict(ecolor='0.2', lw=1))
 
-# %% ../nbs/07_evaluation.ipynb #4c504208
+# %% ../nbs/07_evaluation.ipynb #556643ee
+def _curve(net, dl, attack, epsilons, images) -> list[tuple]: # of eps, accuracy, low, high
+    net = _float32(net)
+    batches = _first_batches(dl, images, next(net.parameters()).device)
+    clean, _ = robust_mask(net, batches)
+    search = FrozenCopy(net, batches[0][0], 'float32')
+    under = lambda a: robust_mask(net, batches, a, 0, clean, search_model=search)[0]
+    return [(e, *_accuracy(under(attack.with_eps(e)) if e else clean)) for e in epsilons]
+
+# %% ../nbs/07_evaluation.ipynb #977f390a
 def accuracy_curves(
     nets:dict[str,nn.Module], # networks by name
     dl, # batches (x, y)
     attack:PGD|None=None, # at multiples of its ε; default: PGD_sat with 10 steps
     multiples:tuple=(0.25, 0.5, 0.75, 1., 1.5, 2.), # of the attack's ε
-    images:int|None=None, # only the first so many; default: all
-    progress:bool=True # show a bar
+    images:int|None=None, progress:bool=True # only the first so many; show a bar
 ) -> pd.DataFrame: # net, eps, accuracy, low, high
     "Accuracy of several networks under one attack as ε grows."
     attack = attack or PGD_sat(_threat_of(dl), 10)
-    t, rows = attack.threat, []
-    eps = [t.eps*m for m in multiples if t.norm == 'L2' or t.eps*m <= t.hi - t.lo]
-    for name,net in progress_bar(list(nets.items()), leave=False) if progress else nets.items():
-        net = _float32(net)
-        batches = _first_batches(dl, images, next(net.parameters()).device)
-        clean, _ = robust_mask(net, batches)
-        search = FrozenCopy(net, batches[0][0], 'float32')
-        for e in [0, *eps]:
-            run = lambda: robust_mask(net, batches, attack.with_eps(e), 0, clean, search_model=search)
-            ok = run()[0] if e else clean
-            rows.append((name, e, ok.float().mean().item(), *wilson(ok.sum(), len(ok))))
+    t = attack.threat
+    eps = [0, *[t.eps*m for m in multiples if t.norm == 'L2' or t.eps*m <= t.hi - t.lo]]
+    bar = progress_bar(list(nets.items()), leave=False) if progress else nets.items()
+    rows = [(name, *row) for name,net in bar for row in _curve(net, dl, attack, eps, images)]
     return pd.DataFrame(rows, columns=['net', 'eps', 'accuracy', 'low', 'high'])
 
+# %% ../nbs/07_evaluation.ipynb #b859a327
 def plot_curves(
     curves:pd.DataFrame, # from `accuracy_curves`
     eps:float|None=None, # marks the ε that the networks were trained for
@@ -220,55 +224,55 @@ def plot_curves(
     "Accuracy against ε, with 95% intervals."
     import matplotlib.pyplot as plt, seaborn as sns
     if ax is None: _, ax = plt.subplots(figsize=(6, 3.6))
-    style = dict(style='net', markers=True, dashes=False, palette='colorblind')
-    sns.lineplot(curves, x='eps', y='accuracy', hue='net', ax=ax, **style)
-    for line,(_,o) in zip(ax.get_lines(), curves.groupby('net', sort=False)):
-        ax.fill_between(o.eps, o.low, o.high, alpha=0.15, color=line.get_color())
+    colors = sns.color_palette('colorblind', curves.net.nunique())
+    for color,marker,(name,o) in zip(colors, 'osDX^vP'*9, curves.groupby('net', sort=False)):
+        ax.plot(o.eps, o.accuracy, color=color, marker=marker, label=name)
+        ax.fill_between(o.eps, o.low, o.high, alpha=0.15, color=color)
     if eps: ax.axvline(eps, c='0.5', ls=':', lw=1)
-    ax.set(ylim=(0, 1), xlabel='ε')
-    ax.get_legend().set_title('')
+    ax.set(ylim=(0, 1), xlabel='ε', ylabel='accuracy')
+    ax.legend()
     return ax
 
-# %% ../nbs/07_evaluation.ipynb #f6ae4ce0
+# %% ../nbs/07_evaluation.ipynb #0467dc3e
+def _draw_row(axs, name:str, images:Tensor, style:dict, titles:list=()): # of (text, color)
+    axs[0].set_ylabel(name, fontsize=9, rotation=0, ha='right', va='center')
+    for ax,im in zip(axs, images.detach().cpu()): ax.imshow(im.permute(1,2,0), **style)
+    for ax,(text,color) in zip(axs, titles): ax.set_title(text, fontsize=9, color=color)
+    for ax in axs: ax.set(xticks=[], yticks=[])
+
+# %% ../nbs/07_evaluation.ipynb #f3612505
 def show_attacked(
     model:nn.Module, # images in [0, 1] -> logits
     dl, # batches (x, y), for example `dls.test`
     attack=None, # default: PGD_sat within the customary threat of the data
-    n:int=8, # images
-    seed:int=0 # of the attack's start
+    n:int=8, seed:int=0 # images; of the attack's start
 ): # -> matplotlib figure
     "Images clean and attacked, the perturbation (scaled), predictions and attention maps."
     import matplotlib.pyplot as plt
     (x, y), *_ = _first_batches(dl, n, next(model.parameters()).device)
-    classes = getattr(getattr(dl, 'dataset', None), 'classes', None)
     rng = torch.Generator(x.device).manual_seed(seed)
     x_adv = (attack or PGD_sat(_threat_of(dl)))(model, x, y, rng)
     with frozen(model), torch.no_grad():
         out, out_adv = (forward_with_attention(model, o) for o in (x, x_adv))
-    d = x_adv - x
-    rows = {'clean': (x, out), 'added': (0.5 + d/(2*d.abs().amax().clamp_min(1e-9)), None),
-            'attacked': (x_adv, out_adv)}
+    classes = getattr(getattr(dl, 'dataset', None), 'classes', None) or range(out.logits.shape[1])
+    titles = lambda o: [(classes[k], 'C0' if k == t else 'C3')
+                        for k,t in zip(o.logits.argmax(1).tolist(), y.tolist())]
+    d, style = x_adv - x, lambda cmap: dict(cmap=cmap, vmin=0, vmax=1)
+    rows = [('clean', x, style('gray'), titles(out)),
+            ('attacked', x_adv, style('gray'), titles(out_adv)),
+            ('difference', 0.5 + d/(2*d.abs().amax().clamp_min(1e-9)), style('RdBu'))]
     if out.attention is not None:
-        rows |= {'attention': (out.attention, None), 'attacked ': (out_adv.attention, None)}
+        rows += [('attention', out.attention, {}), ('under attack', out_adv.attention, {})]
     size = len(x)*1.05 + 1, len(rows)*1.2
     fig, axs = plt.subplots(len(rows), len(x), figsize=size, squeeze=False)
-    for i,(name,(ims,o)) in enumerate(rows.items()):
-        axs[i,0].set_ylabel(name, fontsize=9, rotation=0, ha='right', va='center')
-        style = dict(cmap='RdBu' if i == 1 else 'gray', vmin=0, vmax=1) if i < 3 else {}
-        for j,(ax,im) in enumerate(zip(axs[i], ims.detach().cpu())):
-            ax.imshow(im.permute(1,2,0), **style)
-            ax.set(xticks=[], yticks=[])
-            if o is None: continue
-            k = int(o.logits[j].argmax())
-            color = 'C0' if k == y[j] else 'C3'
-            ax.set_title(classes[k] if classes else k, fontsize=9, color=color)
+    for ax,row in zip(axs, rows): _draw_row(ax, *row)
     fig.tight_layout(pad=0.3)
     return fig
 
+# %% ../nbs/07_evaluation.ipynb #5b333212
 def plot_attention(
     nets:dict[str,nn.Module], # networks by name; those without attention are left out
-    x:Tensor, # (B, C, H, W) images
-    y:Tensor, # (B,) labels
+    x:Tensor, y:Tensor, # (B, C, H, W) images and their (B,) labels
     attacked:nn.Module, # the network that is attacked
     attack:PGD, # the attack
     seed:int=0 # of the attack's start
@@ -282,24 +286,24 @@ def plot_attention(
     titles = ['clean', 'attacked']*len(x)
     return show_attention(both, *maps.values(), titles=titles, names=['', *maps])
 
-# %% ../nbs/07_evaluation.ipynb #11db7acf
+# %% ../nbs/07_evaluation.ipynb #62a7acaf
 def loss_surface(
     model:nn.Module, # images in [0, 1] -> logits
-    x:Tensor, # (1, C, H, W) an image
-    y:Tensor, # (1,) its label
+    x:Tensor, y:Tensor, # (1, C, H, W) an image and its (1,) label
     attack:PGD, # its direction, and the ε that is 1 on both axes
-    n:int=25, # points along each axis
-    seed:int=0 # of the attack's start and of the random direction
+    n:int=25, seed:int=0 # points along each axis; of the start and of the random direction
 ) -> tuple[Tensor, Tensor]: # (n,) multiples of ε from -1 to 1; (n, n) losses, rows along the attack
     "Cross-entropy around an image."
     rng, threat = torch.Generator(x.device).manual_seed(seed), attack.threat
     a, t = attack(model, x, y, rng) - x, torch.linspace(-1, 1, n, device=x.device)
     noise = torch.randn(x.shape, generator=rng, device=x.device)
     r, column = threat.eps*threat.direction(noise), t.view(-1,1,1,1)
-    grid = (x[0] + column[:,None]*a[0] + column[None]*r[0]).flatten(0, 1).clamp(threat.lo, threat.hi)
+    grid = (x[0] + column[:,None]*a[0] + column[None]*r[0]).flatten(0, 1)
+    grid = grid.clamp(threat.lo, threat.hi)
     with frozen(model), torch.no_grad(): loss = ce(model(grid), y.expand(len(grid)))
     return t.cpu(), loss.view(n, n).cpu()
 
+# %% ../nbs/07_evaluation.ipynb #294fd44f
 def plot_loss_surface(
     model:nn.Module, x:Tensor, y:Tensor, attack:PGD, # see `loss_surface`
     ax=None, # matplotlib axes with a 3-d projection
@@ -313,7 +317,11 @@ def plot_loss_surface(
     ax.set(xlabel='along the attack (ε)', ylabel='at random (ε)', zlabel='loss')
     return ax
 
-# %% ../nbs/07_evaluation.ipynb #0692d7fe
+# %% ../nbs/07_evaluation.ipynb #12f129f5
+def _percent(o) -> str: # of a row with accuracy, low and high
+    return f'{100*o.accuracy:.1f} ± {50*(o.high-o.low):.1f}'
+
+# %% ../nbs/07_evaluation.ipynb #22d81a95
 def compare(
     tables:dict[str,pd.DataFrame] # from `evaluate` or `Report.table`, by method
 ) -> pd.DataFrame: # a row an attack, a column a method: percent ± 95% CI, the best marked with *
@@ -322,40 +330,37 @@ def compare(
     for a in next(iter(tables.values())).attack:
         r = {k: t.set_index('attack').loc[a] for k,t in tables.items()}
         best, *others = sorted(r, key=lambda k: -r[k].accuracy)
-        clear = others and all(r[best].low > r[o].high for o in others)
-        rows[a] = {k: _percent(v) + '*'*bool(clear and k == best) for k,v in r.items()}
+        clear = bool(others) and all(r[best].low > r[o].high for o in others)
+        rows[a] = {k: _percent(v) + '*'*(clear and k == best) for k,v in r.items()}
     return pd.DataFrame(rows).T
 
-def _percent(o) -> str: # of a row with accuracy, low and high
-    return f'{100*o.accuracy:.1f} ± {50*(o.high-o.low):.1f}'
-
+# %% ../nbs/07_evaluation.ipynb #f3723880
 def markdown_table(t:pd.DataFrame) -> str:
     "A table in Markdown, its columns padded so that it also reads well as text."
     cells = [[str(i), *map(str, r)] for i,r in zip(t.index, t.values)]
     rows = [[t.index.name or '', *map(str, t.columns)], *cells]
     first, *widths = [max(map(len, c)) for c in zip(*rows)]
     line = lambda r: ' | '.join([r[0].ljust(first), *[v.rjust(n) for v,n in zip(r[1:], widths)]])
+    head, *body = [f'| {line(r)} |\n' for r in rows]
     rule = '-'*(first+2) + ''.join('|' + '-'*(n+1) + ':' for n in widths)
-    return '\n'.join([f'| {line(rows[0])} |', f'|{rule}|', *[f'| {line(r)} |' for r in rows[1:]], ''])
+    return ''.join([head, f'|{rule}|\n', *body])
 
-# %% ../nbs/07_evaluation.ipynb #e57e9f07
+# %% ../nbs/07_evaluation.ipynb #7ad058af
 def _judge_teacher(d:pd.DataFrame, chance:float) -> dict[str,tuple[bool,str]]: # role -> fit, why
     "Apply the criteria to the rows clean, FGSM, PGD_sat and PGD_trades; `chance`: of guessing."
     d = d.set_index('attack')
     clean, fgsm = d.loc['clean'], d.loc['FGSM']
     pgd = d.loc[['PGD_sat', 'PGD_trades']].sort_values('accuracy').iloc[0]
     half, quarter, masked = (1+chance)/2, clean.accuracy/4, pgd.low > fgsm.high
-    limit = 'guessing' if chance > quarter else 'a quarter of its clean accuracy'
-    robust = (f'{pgd.accuracy:.1%} correct under {pgd.name}; more than {max(chance, quarter):.1%}, '
-              f'{limit}, is needed')
-    if masked: robust = (f'PGD finds less than FGSM ({pgd.accuracy:.1%} correct, and '
-                         f'{fgsm.accuracy:.1%}): its gradients are masked')
-    return dict(clean=(bool(clean.low >= half), f'{clean.accuracy:.1%} correct without attack; at least'
-                       f' {half:.1%}, half way from guessing to perfect, is needed'),
-                robust=(bool(pgd.low > chance and pgd.accuracy >= quarter and not masked), robust))
+    why = (f'{clean.accuracy:.1%} correct without attack; {half:.1%} is needed',
+           f'{pgd.accuracy:.1%} correct under {pgd.name}; {max(chance, quarter):.1%} is needed')
+    if masked: why = why[0], (f'PGD finds less than FGSM ({pgd.accuracy:.1%} and '
+                              f'{fgsm.accuracy:.1%} correct): its gradients are masked')
+    return dict(clean=(bool(clean.low >= half), why[0]),
+                robust=(bool(pgd.low > chance and pgd.accuracy >= quarter and not masked), why[1]))
 
-# %% ../nbs/07_evaluation.ipynb #32829b14
-@dataclass(frozen=True, repr=False)
+# %% ../nbs/07_evaluation.ipynb #b09f11f8
+@dataclasses.dataclass(frozen=True, repr=False)
 class TeacherCheck:
     "What `check_teacher` found."
     scores:pd.DataFrame # a table of `evaluate`
@@ -363,17 +368,17 @@ class TeacherCheck:
     summary:str # why, a line a role
 
     def __repr__(self):
-        values = [_percent(o) for o in self.scores.itertuples()]
-        row = pd.DataFrame([values], columns=self.scores.attack.tolist(), index=['%'])
-        return f'{row.to_string()}\n{self.summary}'
+        row = [[_percent(o) for o in self.scores.itertuples()]]
+        table = pd.DataFrame(row, ['%'], self.scores.attack.tolist())
+        return f'{table.to_string()}\n{self.summary}'
 
+# %% ../nbs/07_evaluation.ipynb #5d406cf0
 def check_teacher(
     teacher:nn.Module, # any classifier of images in [0, 1]
     dl, # batches (x, y), for example `dls.test`
     threat:Threat|None=None, # default: Linf with the customary ε of the data
     images:int|None=None, # only the first so many; default: all
-    seed:int=0, # of the random starts
-    progress:bool=True # show a bar
+    seed:int=0, progress:bool=True # of the random starts; show a bar
 ) -> TeacherCheck: # also noted in the teacher's metadata
     "Measure a row of Table 1, and say what the network can be used for."
     threat, batches = threat or _threat_of(dl), _first_batches(dl, images, 'cpu')
@@ -381,14 +386,12 @@ def check_teacher(
     net = adapt_input(teacher, tuple(batches[0][0].shape[1:])).to(device)
     attacks = [FGSM(threat), PGD_sat(threat), PGD_trades(threat)]
     d = evaluate(net, batches, attacks, seed=seed, progress=progress).iloc[:4] # no worst case
-    found = _judge_teacher(d, y.bincount().max().item()/len(y))
-    name = dict(clean='clean', robust='adversarial')
-    summary = '\n'.join(f'As the {name[k]} teacher: {"yes" if ok else "NO"}. {why[0].upper()}{why[1:]}.'
+    found, name = _judge_teacher(d, y.bincount().max().item()/len(y)), dict(robust='adversarial')
+    summary = '\n'.join(f'As the {name.get(k, k)} teacher: {"yes" if ok else "NO"}. {why}.'
                         for k,(ok,why) in found.items())
     roles = [k for k,(ok,_) in found.items() if ok]
+    about = dict(data=getattr(getattr(dl, 'dataset', None), 'name', None), images=len(y), seed=seed,
+                 threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary)
     teacher.metadata = getattr(teacher, 'metadata', {})
-    teacher.metadata['verified'] = dict(
-        data=getattr(getattr(dl, 'dataset', None), 'name', None), images=len(y), seed=seed,
-        threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary,
-        **{a: round(o, 6) for a,o in zip(d.attack, d.accuracy)})
+    teacher.metadata['verified'] = about | {a: round(o, 6) for a,o in zip(d.attack, d.accuracy)}
     return TeacherCheck(d, roles, summary)

@@ -20,6 +20,7 @@ def _attack_view(net, x, y, eps, steps, norm): # -> AttentionOutput of the attac
     x_adv = PGD(Threat(eps, norm), steps, start='image')(net, x, y) if eps and steps else x
     with frozen(net), torch.no_grad(): return forward_with_attention(net, x_adv), x_adv[0]
 
+# %% ../nbs/02b_explore.ipynb #fce97734
 def attack_strip(
     net:nn.Module, # images in [0, 1] -> logits
     x:Tensor, # (C, H, W) one image: uint8, or in [0, 1]
@@ -31,8 +32,8 @@ def attack_strip(
 ): # -> matplotlib figure
     "An attack on one image: attacked image, perturbation and attention map, a column a setting."
     import matplotlib.pyplot as plt
-    many = eps if isinstance(eps, (list, tuple)) else steps if isinstance(steps, (list, tuple)) else [0]
-    eps, steps = (o if isinstance(o, (list, tuple)) else [o]*len(many) for o in (eps, steps))
+    n = max(len(o) for o in (eps, steps, [0]) if isinstance(o, (list, tuple)))
+    eps, steps = (o if isinstance(o, (list, tuple)) else [o]*n for o in (eps, steps))
     views = [_attack_view(net, x, y, e, s, norm) for e,s in zip(eps, steps, strict=True)]
     rows = ['image', 'added'] + ['attention']*(views[0][0].attention is not None)
     size = 1.35*len(views) + 0.6, 1.45*len(rows) + 0.3
@@ -62,6 +63,7 @@ def _is_interactive() -> bool: # whether a person sits at a notebook that shows 
     kernel = getattr(get_ipython(), 'kernel', None)
     return bool(getattr(kernel, '_allow_stdin', False)) # False where a program runs the notebook
 
+# %% ../nbs/02b_explore.ipynb #d3fe5492
 def explore(
     net:nn.Module, # images in [0, 1] -> logits
     x:Tensor, # (C, H, W) one image: uint8, or in [0, 1]

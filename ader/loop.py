@@ -36,7 +36,7 @@ def attention_kl(student, teacher):
 
 # %% ../nbs/00_the_method.ipynb #78bd074a
 def teacher_losses(student, teacher, x):
-    "What one teacher asks on the images `x` (Eq. 5 or 6), and the same for the branch's class scores."
+    "The loss of one teacher on the images `x` (Eq. 5 or 6), and that of the class scores."
     s = student(x, attend=True)
     with torch.no_grad(): t = teacher(x, attend=True)
     loss = soft_kl(s.logits, t.logits) + attention_kl(s.attention, t.attention)
@@ -44,7 +44,7 @@ def teacher_losses(student, teacher, x):
 
 # %% ../nbs/00_the_method.ipynb #1090a19b
 def ader_loss(student, clean, robust, x, x_adv, first=None):
-    "Loss of a step (Eq. 8), ω (Eqs. 9 and 10), and the losses of the first step, to be given to the next."
+    "Loss of a step (Eq. 8), ω (Eqs. 9 and 10), and the losses of the first step, for the next."
     l_clean, branch_clean = teacher_losses(student, clean, x)
     l_adv, branch_adv = teacher_losses(student, robust, x_adv)
     now = torch.stack([l_clean, l_adv]).detach()

@@ -44,10 +44,12 @@ def _map_log_probs(m:Tensor, normalize:str, temperature:float) -> Tensor: # (B,1
     _check_temperature(temperature)
     m = m.flatten(1)
     if normalize == 'softmax': return F.log_softmax(m/temperature, 1)
-    if normalize != 'sum': raise AderError(f"normalize must be 'sum' or 'softmax', got {normalize!r}")
+    if normalize != 'sum':
+        raise AderError(f"normalize must be 'sum' or 'softmax', got {normalize!r}")
     log_m = m.clamp_min(torch.finfo(m.dtype).tiny).log() # a sigmoid may underflow to 0
     return log_m - log_m.logsumexp(1, keepdim=True)
 
+# %% ../nbs/02_losses.ipynb #0bdf77a8
 def attention_kl(
     student:Tensor, # (B, 1, h, w) attention map, values in (0, 1)
     teacher:Tensor, # (B, 1, h', w') attention map
@@ -91,7 +93,7 @@ def teacher_loss(
     if not attention: return soft, torch.zeros_like(soft)
     for who,o in dict(student=student, teacher=teacher).items():
         if o.attention is None:
-            raise AderError(f'the {who} has no attention map; call add_attention(net) before training '
-                            'it, or set the weight of attention to 0')
+            raise AderError(f'the {who} has no attention map; call add_attention(net) before '
+                            'training it, or set the weight of attention to 0')
     maps = student.attention, teacher.attention
     return soft, attention * attention_kl(*maps, att_normalize, att_temperature, att_direction)

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 # %% ../nbs/06_methods.ipynb #a17db174
 MethodInfo = namedtuple('MethodInfo', 'method labels clean robust attention inner gradient source')
 
+# %% ../nbs/06_methods.ipynb #427e3808
 METHODS = [MethodInfo(*o) for o in (
     ('Natural', 'loss', '', '', False, '', '', 'natural training'),
     ('SAT', 'loss, x_adv', '', '', False, 'CE(S(x′), y)', 'S', 'Madry et al. 2018, [5]'),
@@ -79,6 +80,7 @@ class Distilled(Method):
         n = student.shape[1] if self.reduction == 'mean' else 1
         return soft_kl(student, teacher, temperature) / n
 
+# %% ../nbs/06_methods.ipynb #6697b391
 class ARD(Distilled):
     "On attacked images the robust teacher's prediction on clean ones (Goldblum et al. 2020)."
     def __init__(self,
@@ -127,7 +129,7 @@ class MTARD(Distilled):
         robust:nn.Module, # teacher for attacked images, adversarially trained
         momentum:float=0.025, # fraction of the way that ω moves each step
         beta:float=1., # sensitivity of ω
-        decay:tuple=(215/300, 260/300, 285/300), # fractions of the training; then ω moves 10× slower
+        decay:tuple=(215/300, 260/300, 285/300), # fractions of the training; ω slows down 10×
         **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
     ):
         super().__init__(teachers=dict(clean=clean, robust=robust), **kwargs)
@@ -151,6 +153,7 @@ class MTARD(Distilled):
 # %% ../nbs/06_methods.ipynb #dc882aac
 _MAPS = dict(both=(1., 1.), clean=(1., 0.), robust=(0., 1.), none=(0., 0.))
 
+# %% ../nbs/06_methods.ipynb #af285863
 class ADER(Method):
     "Two teachers, soft labels and attention from both, adaptively weighted (Eqs. 5–10)."
     start = 'gaussian'
@@ -170,13 +173,15 @@ class ADER(Method):
         att_direction:str='S||T',
         **kwargs # threat, steps, …: see `Method`
     ):
-        for name,o,known in (('inner_loss', inner_loss, ('ce', 'kl')), ('attention', attention, _MAPS),
-                             ('robust_input', robust_input, ('x_adv', 'x'))):
-            if o not in known:
-                raise AderError(f'{name} must be one of {", ".join(map(repr, known))}, got {o!r}')
+        known = dict(inner_loss=('ce', 'kl'), attention=_MAPS, robust_input=('x_adv', 'x'))
+        for name,o in zip(known, (inner_loss, attention, robust_input)):
+            if o not in known[name]:
+                names = ', '.join(map(repr, known[name]))
+                raise AderError(f'{name} must be one of {names}, got {o!r}')
         self.inner_loss = inner_loss
         super().__init__(teachers=dict(clean=clean, robust=robust), **kwargs)
-        self.weight, self.attention, self.robust_input = weight or AdaptiveWeight(), attention, robust_input
+        self.weight, self.attention = weight or AdaptiveWeight(), attention
+        self.robust_input = robust_input
         self.soft = dict(temperature=temperature, direction=direction)
         self.maps = dict(att_normalize=att_normalize, att_temperature=att_temperature,
                          att_direction=att_direction)
@@ -185,32 +190,39 @@ class ADER(Method):
 
     def before_fit(self):
         for role,w in zip(self.teachers, _MAPS[self.attention]):
-            for who,net in ((f'{role} teacher', self.teachers[role]), ('student', self.learn.model)):
+            nets = {f'{role} teacher': self.teachers[role], 'student': self.learn.model}
+            for who,net in nets.items():
                 if w and isinstance(net, nn.Module) and not has_attention(net):
-                    raise AderError(f"the {who} has no attention map; call add_attention(net) before "
-                                    "training it, or use attention='none'")
+                    raise AderError(f"the {who} has no attention map; call add_attention(net) "
+                                    "before training it, or use attention='none'")
         super().before_fit()
 
-    def targets(self, x, robust_x): # -> `AttentionOutput` of the clean and the adversarial teacher
-        return self.teacher('clean', x), self.teacher('robust', robust_x)
+# %% ../nbs/06_methods.ipynb #338a770f
+@patch
+def targets(self:ADER, x, robust_x): # -> `AttentionOutput` of the clean and the adversarial teacher
+    return self.teacher('clean', x), self.teacher('robust', robust_x)
 
-    def adversary(self, x, y):
-        return self.attack_student(x, y if self.inner_loss == 'ce' else self.targets(x, x)[1].logits)
+@patch
+def adversary(self:ADER, x, y):
+    target = y if self.inner_loss == 'ce' else self.targets(x, x)[1].logits
+    return self.attack_student(x, target)
 
-    def loss(self, x, x_adv, y):
-        w_clean, w_adv = _MAPS[self.attention]
-        s, s_adv = self.student(x), self.student(x_adv)
-        t, t_adv = self.targets(x, x_adv if self.robust_input == 'x_adv' else x)
-        soft, att = teacher_loss(s, t, w_clean, **self.soft, **self.maps)
-        soft_adv, att_adv = teacher_loss(s_adv, t_adv, w_adv, **self.soft, **self.maps)
-        l_clean, l_adv = soft + att, soft_adv + att_adv
-        omega = self.weight(l_clean, l_adv, self.pct_train)
-        self.log(ω=omega, L_clean=l_clean, L_adv=l_adv, att_clean=att, att_adv=att_adv)
-        loss = omega*l_clean + (1-omega)*l_adv
-        if not self.branch_weight or s.branch_logits is None: return loss
-        branch = soft_kl(s.branch_logits, t.logits, **self.soft)
-        branch_adv = soft_kl(s_adv.branch_logits, t_adv.logits, **self.soft)
-        return loss + self.branch_weight*(omega*branch + (1-omega)*branch_adv)
+# %% ../nbs/06_methods.ipynb #e5cd61f0
+@patch
+def loss(self:ADER, x, x_adv, y):
+    w_clean, w_adv = _MAPS[self.attention]
+    s, s_adv = self.student(x), self.student(x_adv)
+    t, t_adv = self.targets(x, x_adv if self.robust_input == 'x_adv' else x)
+    soft, att = teacher_loss(s, t, w_clean, **self.soft, **self.maps)
+    soft_adv, att_adv = teacher_loss(s_adv, t_adv, w_adv, **self.soft, **self.maps)
+    l_clean, l_adv = soft + att, soft_adv + att_adv
+    omega = self.weight(l_clean, l_adv, self.pct_train)
+    self.log(ω=omega, L_clean=l_clean, L_adv=l_adv, att_clean=att, att_adv=att_adv)
+    loss = omega*l_clean + (1-omega)*l_adv
+    if not self.branch_weight or s.branch_logits is None: return loss
+    branch = soft_kl(s.branch_logits, t.logits, **self.soft)
+    branch_adv = soft_kl(s_adv.branch_logits, t_adv.logits, **self.soft)
+    return loss + self.branch_weight*(omega*branch + (1-omega)*branch_adv)
 
 # %% ../nbs/06_methods.ipynb #dbe2d6dc
 @patch
@@ -242,6 +254,7 @@ def boosted_ce(
     if floor: log_rest = torch.logaddexp(log_rest, torch.full_like(log_rest, floor).log())
     return F.cross_entropy(logits, y, reduction='none') - log_rest
 
+# %% ../nbs/06_methods.ipynb #337d1aec
 class MART(Method):
     "More weight for images that are wrong already (Wang et al. 2020)."
     start = 'gaussian'
@@ -335,7 +348,7 @@ class BMTARD(MTARD):
         super().__init__(clean, robust, **kwargs)
         _check('rate', rate)
         if not 0 < tau_min <= tau_max:
-            raise AderError(f'tau_min must be above 0 and at most tau_max, got {tau_min}, {tau_max}')
+            raise AderError(f'0 < tau_min ≤ tau_max is needed, got {tau_min} and {tau_max}')
         self.rate, self.tau_min, self.tau_max, self.tau = rate, tau_min, tau_max, None
 
     def reset(self):
@@ -353,8 +366,9 @@ class BMTARD(MTARD):
         return ts
 
 # %% ../nbs/06_methods.ipynb #6382f6e6
-methods = {c.__name__: c for c in (Natural, SAT, TRADES, MART, ARD, IAD, RSLAD, AdaAD, MTARD, BMTARD,
-                                   ADER)}
+methods = {c.__name__: c for c in (Natural, SAT, TRADES, MART, ARD, IAD, RSLAD, AdaAD, MTARD,
+                                   BMTARD, ADER)}
+
 _ROLES = 'clean', 'robust'
 
 def _parameters(method:type) -> dict: # name -> default, also those passed on as **kwargs
@@ -365,6 +379,7 @@ def _parameters(method:type) -> dict: # name -> default, also those passed on as
         found = {k: o.default for k,o in own.items() if k != 'kwargs'} | found
     return found
 
+# %% ../nbs/06_methods.ipynb #0c47e8df
 def teachers_of(method:type) -> list[str]: # some of 'clean' and 'robust'
     "The teachers that a method needs."
     return [o for o in _ROLES if o in _parameters(method)]
@@ -373,6 +388,7 @@ def settings_of(method:type) -> dict: # name -> default
     "All other arguments of a method."
     return {k: v for k,v in _parameters(method).items() if k not in (*_ROLES, 'teachers')}
 
+# %% ../nbs/06_methods.ipynb #d17d93eb
 def make_method(
     name:str, # one of `methods`; case and hyphens don't matter, and 'ADER+' is ADERPlus
     clean:nn.Module|None=None, # naturally trained teacher; ignored where the method has none
@@ -384,7 +400,8 @@ def make_method(
     simple = lambda o: str(o).replace('-', '').replace('+', 'plus').lower()
     c = {simple(k): v for k,v in methods.items()}.get(simple(name))
     if c is None: raise AderError(f'the method must be one of {", ".join(methods)}, got {name!r}')
-    teachers, known = {o: dict(clean=clean, robust=robust)[o] for o in teachers_of(c)}, settings_of(c)
+    given, known = dict(clean=clean, robust=robust), settings_of(c)
+    teachers = {o: given[o] for o in teachers_of(c)}
     for role,t in teachers.items():
         if t is None: raise AderError(f'{c.__name__} needs a {role} teacher; none was given')
     for k in kwargs:

@@ -262,6 +262,7 @@ class _MobileBlock(nn.Module):
 # %% ../nbs/21_networks.ipynb #ab2da4e7
 _MOBILE = [(1,16,1,1), (6,24,2,1), (6,32,3,2), (6,64,4,2), (6,96,3,1), (6,160,3,2), (6,320,1,1)]
 
+# %% ../nbs/21_networks.ipynb #d24ae67f
 @_register
 def mobilenet_v2(
     in_channels:int=3, classes:int=10, # channels of an image, number of classes

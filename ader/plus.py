@@ -17,6 +17,7 @@ def confidence(logits:Tensor) -> Tensor: # (B, K) -> scalar, 1/K to 1
     "Mean of the largest probability."
     return F.softmax(logits, 1).amax(1).mean()
 
+# %% ../nbs/11_ader_plus.ipynb #ab778f17
 def temperature_for_confidence(
     logits:Tensor, # (B, K)
     target:Tensor|float # the wanted `confidence`
@@ -37,7 +38,7 @@ class ADERPlus(ADER):
         clean:nn.Module, # teacher for clean images, naturally trained
         robust:nn.Module, # teacher for attacked images, adversarially trained
         weight=None, # `weight(l_clean, l_adv, pct)` returns ω; default: `ConstantWeight(1/6)`
-        robust_input:str='x', # what the adversarial teacher is shown: 'x' (RSLAD) or 'x_adv' (Eq. 6)
+        robust_input:str='x', # of the adversarial teacher: 'x' (RSLAD) or 'x_adv' (Eq. 6)
         match_confidence:bool=True, # bring both teachers to the same confidence
         **kwargs # attention, inner_loss, temperature, …: see `ADER`
     ):
@@ -58,4 +59,5 @@ class ADERPlus(ADER):
         if self.match_confidence: self.log(τ_clean=self.tau[0], τ_adv=self.tau[1])
         return loss
 
+# %% ../nbs/11_ader_plus.ipynb #70f637e5
 methods['ADERPlus'] = ADERPlus

@@ -35,6 +35,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
+from fastcore.basics import patch
 
 # %% ../nbs/28_reproduce.ipynb #f3abc3ac
 _FOUR = 'FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf'
@@ -69,36 +70,44 @@ class Run:
     def __post_init__(self):
         known = {k.lower(): k for k in methods}
         name = known.get(self.method.replace('-', '').lower())
-        if name is None: raise AderError(f'the method must be one of {", ".join(methods)}, got {self.method!r}')
+        if name is None:
+            raise AderError(f'the method must be one of {", ".join(methods)}, got {self.method!r}')
         roles, settings = teachers_of(methods[name]), settings_of(methods[name])
         for r in roles:
             if r not in self.teachers: raise AderError(f'{name} needs a {r} teacher; give its run')
         for k in self.settings:
-            if k not in settings: raise AderError(f'{name} has no setting {k!r}; it has {", ".join(settings)}')
+            if k not in settings:
+                raise AderError(f'{name} has no setting {k!r}; it has {", ".join(settings)}')
         eps = self.eps or (0.2 if self.data == 'digits' else 8/255)
         new = dict(method=name, eps=eps, teachers={r: self.teachers[r] for r in roles})
         for k,v in new.items(): object.__setattr__(self, k, v)
 
-    @property
-    def id(self) -> str: # 10 hexadecimal digits, the same if the same weights come out
-        d = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('evaluate', 'scale')}
-        d['teachers'] = {r: t.id for r,t in self.teachers.items()}
-        return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
-    @property
-    def name(self) -> str: # of its files, such as 'digits-ADER-seed0-1a2b3c4d5e'
-        return f'{Path(self.data).name}-{self.method}-seed{self.seed}-{self.id}'
-    @property
-    def needs(self) -> list: # runs whose networks this one needs: teachers, surrogates
-        return [*self.teachers.values(), *[a['surrogate'] for a in self.evaluate.values()
-                                           if 'surrogate' in a]]
+# %% ../nbs/28_reproduce.ipynb #259ca27d
+@patch(as_prop=True)
+def id(self:Run) -> str: # 10 hexadecimal digits, the same if the same weights come out
+    d = {f.name: getattr(self, f.name) for f in fields(self)}
+    for k in ('evaluate', 'scale'): del d[k]
+    d['teachers'] = {r: t.id for r,t in self.teachers.items()}
+    return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
 
-    @classmethod
-    def from_dict(cls, d:dict): # what `asdict` made
-        run = lambda k, v: cls.from_dict(v) if k == 'surrogate' else v
-        teachers = {r: cls.from_dict(t) for r,t in d['teachers'].items()}
-        attacks = {a: {k: run(k, v) for k,v in s.items()} for a,s in d['evaluate'].items()}
-        return cls(**{**d, 'teachers': teachers, 'evaluate': attacks})
+@patch(as_prop=True)
+def name(self:Run) -> str: # of its files, such as 'digits-ADER-seed0-1a2b3c4d5e'
+    return f'{Path(self.data).name}-{self.method}-seed{self.seed}-{self.id}'
 
+# %% ../nbs/28_reproduce.ipynb #d98a153d
+@patch(as_prop=True)
+def needs(self:Run) -> list: # runs whose networks this one needs: teachers, surrogates
+    surrogates = [a['surrogate'] for a in self.evaluate.values() if 'surrogate' in a]
+    return [*self.teachers.values(), *surrogates]
+
+@patch(cls_method=True)
+def from_dict(cls:Run, d:dict): # what `asdict` made
+    run = lambda k, v: cls.from_dict(v) if k == 'surrogate' else v
+    teachers = {r: cls.from_dict(t) for r,t in d['teachers'].items()}
+    attacks = {a: {k: run(k, v) for k,v in s.items()} for a,s in d['evaluate'].items()}
+    return cls(**{**d, 'teachers': teachers, 'evaluate': attacks})
+
+# %% ../nbs/28_reproduce.ipynb #56c25efa
 def in_order(runs:list) -> list[Run]: # each once, what is needed before what needs it
     "The runs and all that they need; the same run wanted twice is evaluated by all attacks."
     found = {}
@@ -121,8 +130,9 @@ def _settings(settings:dict) -> dict: # ω as an object, lists as tuples
         return getattr(ader.weighting, v[0])(**v[1])
     return {k: one(v) for k,v in settings.items()}
 
+# %% ../nbs/28_reproduce.ipynb #c43e936c
 def _fit(s:dict) -> dict: # arguments of `train` for a schedule
-    opts = dict(adam=Adam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # as torch and the references
+    opts = dict(adam=Adam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # as torch does
     if s.get('kind') not in ('one_cycle', 'steps') or s.get('optimizer') not in opts:
         raise AderError(f'a schedule is made by one_cycle or step_schedule, got {s}')
     def steps(learn, n, lr):
@@ -133,17 +143,20 @@ def _fit(s:dict) -> dict: # arguments of `train` for a schedule
     cbs = [WeightEMA(s['ema'])] if 'ema' in s else []
     return dict(fit=fit, opt_func=opts[s['optimizer']], cbs=cbs, **wd)
 
+# %% ../nbs/28_reproduce.ipynb #62ef0f3a
 def _attack(name:str, about:dict, threat:Threat, net_of): # -> attack
     base = name.removeprefix('transfer-')
     if base not in _ATTACKS:
-        raise AderError(f'attacks are {", ".join(_ATTACKS)}, and transfer- before them; got {name!r}')
-    attack = _ATTACKS[base](threat, **{k: v for k,v in about.items() if k not in ('images', 'surrogate')})
+        raise AderError(f'attacks are {", ".join(_ATTACKS)}, also with transfer-; got {name!r}')
+    settings = {k: v for k,v in about.items() if k not in ('images', 'surrogate')}
+    attack = _ATTACKS[base](threat, **settings)
     return attack if base == name else Transfer(net_of(about['surrogate']), attack, name)
 
 def _data(run:Run): # -> DataLoaders
     device = 'cpu' if run.data == 'digits' else None
     return load_data(run.data, run.schedule['bs'], run.seed, device)
 
+# %% ../nbs/28_reproduce.ipynb #70ba24b5
 def _prepare(run:Run, net_of): # -> method, network with fresh weights, DataLoaders
     dls = _data(run)
     seed_everything(run.seed)
@@ -189,6 +202,7 @@ class Record:
         if r.run.name != Path(path).stem: raise AderError(f'{path} is the record of {r.run.name}')
         return r
 
+# %% ../nbs/28_reproduce.ipynb #6543a0ae
 def read_records(*folders:str|Path) -> dict[str,Record]: # by id of the run
     "All records of runs below these folders; other JSON files are passed over."
     files = [f for o in folders for f in sorted(Path(o).rglob('*-seed*-*.json'))]
@@ -205,6 +219,7 @@ def _code_version() -> dict:
         return dict(version, commit=git('rev-parse', 'HEAD').stdout.strip(), dirty=dirty)
     except OSError: return version
 
+# %% ../nbs/28_reproduce.ipynb #01ef8efa
 def _device_name(device:torch.device) -> str:
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
@@ -214,12 +229,14 @@ def _device_name(device:torch.device) -> str:
 def _stem(run:Run, folder) -> Path: # of the files of its network
     return Path(folder)/run.name/'net'
 
-def _is_trained(run:Run, folder) -> bool: return all(f.exists() for f in saved_files(_stem(run, folder)))
+def _is_trained(run:Run, folder) -> bool:
+    return all(f.exists() for f in saved_files(_stem(run, folder)))
 
 def load_net(run:Run, folder:str|Path, device='cpu'): # -> network in evaluation mode
     "The network of a run that was trained into `folder`."
     return load(_stem(run, folder), device=device)
 
+# %% ../nbs/28_reproduce.ipynb #87d754fc
 def _train(run:Run, folder):
     target = _stem(run, folder)
     check_folder(target.parent)
@@ -238,6 +255,7 @@ def _train(run:Run, folder):
          precision=str(dtype_of(method.precision, net)).removeprefix('torch.'))
     learn.resume.clear()
 
+# %% ../nbs/28_reproduce.ipynb #8ba975ee
 def _evaluate(run:Run, net, test, folder, checks:int=100) -> tuple[list,list]: # rows, checks
     "All attacks that the run asks for; the worst case is that of all images and own attacks."
     threat, device, net = Threat(run.eps), next(net.parameters()).device, _float32(net)
@@ -256,12 +274,15 @@ def _evaluate(run:Run, net, test, folder, checks:int=100) -> tuple[list,list]: #
         if n is not None: continue
         own = _tabulate({k: o for k,o in results.items() if not k.startswith('transfer-')})
         rows += [o for o in own.to_dict('records') if o['attack'] == 'worst case']
-        x, y = (torch.cat(o)[correct.nonzero().flatten()[:checks].to(device)] for o in zip(*batches))
+        some = correct.nonzero().flatten()[:checks].to(device)
+        x, y = (torch.cat(o)[some] for o in zip(*batches))
         if len(x): found = sanity_checks(net, x, y, threat, (), run.seed, search)
     return rows, [dict(name=c.name, ok=bool(c.ok), found=c.found) for c in found]
 
+# %% ../nbs/28_reproduce.ipynb #db9d8bb7
 def _threads(run:Run): return one_thread() if run.data == 'digits' else nullcontext()
 
+# %% ../nbs/28_reproduce.ipynb #0973e95d
 def run_one(
     run:Run, # whose teachers and surrogates are trained
     folder:str|Path='runs', # of networks and checkpoints
@@ -294,6 +315,7 @@ def _is_complete(record:Record|None, run:Run) -> bool: # all that the run asks f
     done = record.run.evaluate
     return all(k in done and simple(done[k]) == simple(a) for k,a in run.evaluate.items())
 
+# %% ../nbs/28_reproduce.ipynb #e752b87e
 def pending(runs:list, folder:str|Path, results:str|Path) -> list[Run]: # in order
     "Runs that are still to be done, and those they need."
     done, left, needed, asked = read_records(results), [], set(), {o.id for o in runs}
@@ -306,8 +328,9 @@ def pending(runs:list, folder:str|Path, results:str|Path) -> list[Run]: # in ord
 
 def _line(r:Record) -> str:
     accuracies = '   '.join(f'{o["attack"]} {o["accuracy"]:.1%}' for o in r.robustness)
-    return f'{r.run.name}: {accuracies}   ({r.seconds["training"]:.0f} + {r.seconds["evaluation"]:.0f} s)'
+    return f'{r.run.name}: {accuracies}   ({sum(r.seconds.values()):.0f} s)'
 
+# %% ../nbs/28_reproduce.ipynb #7586c3c6
 def _try(run:Run, folder, results, *needed) -> str|None: # why it failed; `needed`: of what it needs
     if any(needed): return 'what it needs failed'
     print(f'{run.name}: begins', flush=True)
@@ -316,6 +339,7 @@ def _try(run:Run, folder, results, *needed) -> str|None: # why it failed; `neede
         print(f'{run.name} failed: {e}', flush=True)
         return str(e)
 
+# %% ../nbs/28_reproduce.ipynb #406bb082
 def run_all(
     runs:list, # of `Run`
     folder:str|Path='runs', # of networks and checkpoints
@@ -348,11 +372,13 @@ def _in_pool(todo, folder, results, workers) -> dict: # id -> why it failed, or 
             for f in wait(busy, return_when=FIRST_COMPLETED).done: why[busy.pop(f).id] = f.result()
     return why
 
+# %% ../nbs/28_reproduce.ipynb #957d5943
 def _on_ray(todo, folder, results, address, num_gpus) -> dict: # likewise
     try: import ray
     except ImportError:
         raise AderError("--ray needs Ray; install it by: pip install 'ader-distill[ray]'") from None
-    ray.init(address=None if address == 'local' else address, ignore_reinit_error=True)
+    where = dict(include_dashboard=False) if address == 'local' else dict(address=address)
+    ray.init(ignore_reinit_error=True, **where)
     task, refs = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_try), {}
     for run in todo:
         needed = [refs[o.id] for o in run.needs if o.id in refs] # Ray waits for these
@@ -370,13 +396,17 @@ def _known(table:str) -> list[str]: # what is known about the paper's numbers
 
 # %% ../nbs/28_reproduce.ipynb #eac96481
 _WHITE, _BLACK = [*_FOUR, 'AutoAttack'], ['transfer-PGD_sat', 'transfer-CW_inf', 'Square']
+
 _METHODS = ['Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'ADER']
+
 MAPS = dict(none='no maps', clean="clean teacher's maps", robust="adversarial teacher's maps",
             both='both maps')
 
 def _table(n, data, student, attacks, what, **more):
     return dict(data=[data], student=student, attacks=attacks, title=f'{student} on {data}, {what}',
                 methods=_METHODS, **more)
+
+# %% ../nbs/28_reproduce.ipynb #8ec8e2c9
 TABLES = dict(
     table1=dict(data=['CIFAR-10', 'CIFAR-100'], attacks=_WHITE[:3], title='the teachers'),
     table2=_table(2, 'CIFAR-10', 'ResNet-18', _WHITE, 'white-box'),
@@ -391,11 +421,20 @@ TABLES = dict(
 
 # %% ../nbs/28_reproduce.ipynb #cd06874a
 _small = 'small_resnet:blocks=1,width={},stages=3'
+
 _half = _small + ',stem_stride=2'
+
 _cycle = lambda epochs, wd: one_cycle(epochs, 0.1, 128, 'sgd', wd)
+
 _both = lambda o: dict.fromkeys(['CIFAR-10', 'CIFAR-100'], o)
-_cifar, _trades = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}, step_schedule(100, 0.1, [75, 90])
+
+_cifar = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}
+
+_trades = step_schedule(100, 0.1, [75, 90])
+
 _digits_teacher = _both(('small_resnet:width=24', one_cycle(15, 1e-2)))
+
+# %% ../nbs/28_reproduce.ipynb #080aa5a8
 SCALES = dict(
     paper=dict(
         data=_cifar, students={'ResNet-18': 'resnet18', 'MobileNet-V2': 'mobilenet_v2'},
@@ -404,7 +443,8 @@ SCALES = dict(
         robust={'CIFAR-10': ('wrn_34_10', _trades), 'CIFAR-100': ('wrn_70_16', _trades)},
         schedule=step_schedule(300, 0.1, [215, 260, 285]), evaluate={}, fixed_teachers=True),
     laptop=dict(
-        data=_cifar, students={'ResNet-18': _half.format(32), 'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
+        data=_cifar, students={'ResNet-18': _half.format(32),
+                               'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
         clean=_both((_small.format(32), _cycle(12, 5e-4))),
         robust=_both((_half.format(56), _cycle(8, 5e-4))), schedule=_cycle(8, 2e-4),
         evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
@@ -426,6 +466,7 @@ def _attacks_of(scale:dict, attacks:list, robust:Run|None, images:int|None) -> d
     own = lambda a: scale['evaluate'].get(a, {})
     return {a: own(a) | dict(images=images or own(a).get('images')) | more(a) for a in attacks}
 
+# %% ../nbs/28_reproduce.ipynb #f140f27e
 def plan(
     table:str, # of `TABLES`
     scale:str='digits', # of `SCALES`
@@ -439,18 +480,21 @@ def plan(
         if o not in known: raise AderError(f'there are {", ".join(known)}, not {o!r}')
     t, s, rows = TABLES[table], SCALES[scale], []
     for data,seed in [(d, i) for d in t['data'] for i in seeds]:
-        def make(method, net, schedule, attacks, seed=seed, **more):
-            return Run(method, net, s['data'][data], _shorter(schedule, epochs), seed=seed, scale=scale,
-                       evaluate=_attacks_of(s, attacks, more.get('teachers', {}).get('robust'), images), **more)
+        def make(method, net, schedule, attacks, seed=seed, teachers={}, **settings):
+            evaluate = _attacks_of(s, attacks, teachers.get('robust'), images)
+            return Run(method, net, s['data'][data], _shorter(schedule, epochs), teachers, settings,
+                       seed=seed, evaluate=evaluate, scale=scale)
         first = seeds[0] if s['fixed_teachers'] else seed
         teachers = dict(clean=make('Natural', *s['clean'][data], _WHITE[:4], first),
                         robust=make('TRADES', *s['robust'][data], _WHITE[:4], first))
-        student = lambda m, **settings: make(m, s['students'][t['student']], s['schedule'], t['attacks'],
-                                             teachers=teachers, settings=settings)
         if table == 'table1':
-            rows += [(data, f'{k} teacher', teachers[o]) for k,o in dict(Clean='clean', Adversarial='robust').items()]
-        elif 'maps' in t:
-            rows += [(data, m, student('ADER', **{} if m == 'both' else dict(attention=m))) for m in t['maps']]
+            roles = {'Clean teacher': 'clean', 'Adversarial teacher': 'robust'}
+            rows += [(data, k, teachers[o]) for k,o in roles.items()]
+            continue
+        student = partial(make, net=s['students'][t['student']], schedule=s['schedule'],
+                          attacks=t['attacks'], teachers=teachers)
+        of_maps = lambda m: student('ADER', **({} if m == 'both' else dict(attention=m)))
+        if 'maps' in t: rows += [(data, m, of_maps(m)) for m in t['maps']]
         else: rows += [(data, m, student(m)) for m in [*t['methods'], 'MTARD', 'ADERPlus']]
     names, wanted = dict.fromkeys(r[1] for r in rows), [o.lower() for o in only or []]
     for o in only or []:
@@ -458,6 +502,7 @@ def plan(
             raise AderError(f'{table} has no {o}; it has {", ".join(names)}')
     return [r for r in rows if not only or r[1].lower() in wanted]
 
+# %% ../nbs/28_reproduce.ipynb #2672b127
 def runs(table:str, scale:str='digits', **kwargs) -> list[Run]: # see `plan`
     "All runs that a table needs, teachers first."
     return in_order([r for *_,r in plan(table, scale, **kwargs)])
@@ -473,6 +518,7 @@ class _Stop(Callback): # ends a fit after a few steps
         self.at.append(time.perf_counter())
         if len(self.at) > 2: raise CancelFitException
 
+# %% ../nbs/28_reproduce.ipynb #f9761f78
 def estimate(run:Run) -> tuple[float,float]: # seconds of training, seconds of evaluation
     "About how long a run takes here, from a few steps with untrained teachers."
     def fresh(t):
@@ -495,16 +541,19 @@ def estimate(run:Run) -> tuple[float,float]: # seconds of training, seconds of e
         one = (time.perf_counter() - start)/3/len(x)
     step, n = (stop.at[-1] - stop.at[0])/2, len(dls.test.dataset)
     attacked = 0.1 if run.method == 'Natural' else 0.6 # images that are still correct, on average
-    passes = sum(_STEPS[a.removeprefix('transfer-')]*(o.get('images') or n) for a,o in run.evaluate.items())
+    passes = sum(_STEPS[a.removeprefix('transfer-')]*(o.get('images') or n)
+                 for a,o in run.evaluate.items())
     epoch = len(dls.train)*step + len(dls.valid.dataset)*12*one
     return run.schedule['epochs']*epoch, (attacked*passes + n)*one
 
+# %% ../nbs/28_reproduce.ipynb #a30dcfca
 def dry_run(runs:list, folder:str|Path, results:str|Path) -> pd.DataFrame: # a row a run
     "What is to be done, and about how long it takes here."
     rows, known, left = [], {}, {o.id for o in pending(runs, folder, results)}
     minutes = lambda s: f'{s/3600:.1f} h' if s > 3600 else f'{s/60:.1f} min'
     for run in in_order(runs):
-        key = json.dumps([run.data, run.net, run.method, run.settings, [t.net for t in run.teachers.values()]])
+        nets = [run.net, *[t.net for t in run.teachers.values()]]
+        key = json.dumps([run.data, run.method, run.settings, nets])
         if run.id in left and key not in known: known[key] = estimate(run)
         training, evaluation = known[key] if run.id in left else (0, 0)
         if _is_trained(run, folder): training = 0
@@ -524,6 +573,7 @@ def _cell(rows:list) -> str: # rows of one attack, one for each seed: percent
 
 def _cells(records:list, attack:str) -> str: return _cell([r[attack] for r in records if r[attack]])
 
+# %% ../nbs/28_reproduce.ipynb #87e5fa78
 def make_table(
     table:str, scale:str, # see `plan`
     records:dict, # from `read_records`
@@ -538,53 +588,74 @@ def make_table(
             found = [records[k] for k in ids if k in records]
             p = paper[(paper.table.astype(str) == table[5:]) & (paper.dataset == data) &
                       (paper.attack == names.get(attack, attack)) & (paper.defense == defense)]
-            theirs = [f'{v:.2f}' for v in p[['clean', 'robust']].values[0]] if len(p) else ['—', '—']
-            out.append((data, attack, defense, *theirs, _cells(found, 'clean'), _cells(found, attack)))
+            theirs = [f'{p[k].values[0]:.2f}' if len(p) else '—' for k in ('clean', 'robust')]
+            ours = _cells(found, 'clean'), _cells(found, attack)
+            out.append((data, attack, defense, *theirs, *ours))
     ours = [f'ours ({scale}): {o}' for o in ('clean', 'robust')]
     columns = ['data', 'attack', 'defense', 'paper: clean', 'paper: robust', *ours]
     d = pd.DataFrame(out, columns=columns)
     return d if len(t['data']) > 1 else d.drop(columns='data')
 
+# %% ../nbs/28_reproduce.ipynb #3e1c6112
 def overview(records, attacks:list|None=None) -> pd.DataFrame: # percent
     "A row a record, a column an attack."
     records = list(records.values()) if isinstance(records, dict) else list(records)
     attacks = attacks or list(dict.fromkeys(o['attack'] for r in records for o in r.robustness))
-    about = lambda r: dict(method=r.run.method, settings=json.dumps(r.run.settings), network=r.run.net,
-                           epochs=r.run.schedule['epochs'], seed=r.run.seed, data=r.source['data'])
+    about = lambda r: dict(
+        method=r.run.method, settings=json.dumps(r.run.settings), network=r.run.net,
+        epochs=r.run.schedule['epochs'], seed=r.run.seed, data=r.source['data'])
     return pd.DataFrame([about(r) | {a: _cells([r], a) for a in attacks} for r in records])
 
+# %% ../nbs/28_reproduce.ipynb #725ee8fe
 def _provenance(records:list) -> str:
     every = lambda f: ', '.join(dict.fromkeys(str(f(r)) for r in records))
-    commit = lambda r: (r.code.get('commit') or r.code['version'])[:10] + ' (changed)'*r.code.get('dirty', False)
+    def commit(r):
+        return r.code.get('commit', r.code['version'])[:10] + ' (changed)'*r.code.get('dirty', False)
     judged = dict.fromkeys((o['images'], o['attack']) for r in records for o in r.robustness)
     images = ', '.join(f'{n:,} for {"/".join(a for k,a in judged if k == n)}'
                        for n in dict.fromkeys(k for k,_ in judged))
     teachers = ', '.join(dict.fromkeys(t.net for r in records for t in r.run.teachers.values()))
     return (f'Data: {every(lambda r: r.source["data"])}. Networks: {every(lambda r: r.run.net)}'
-            f'{"; teachers: " * bool(teachers)}{teachers}. Epochs: '
-            f'{every(lambda r: r.run.schedule["epochs"])}. ε = {every(lambda r: round(r.run.eps, 4))}. '
-            f'Seeds: {every(lambda r: r.run.seed)}. Test images: {images}. On {every(lambda r: r.device)}, '
-            f'trained in {every(lambda r: r.precision)}, evaluated in float32, code {every(commit)}.')
+            f'{"; teachers: " * bool(teachers)}{teachers}. '
+            f'Epochs: {every(lambda r: r.run.schedule["epochs"])}. '
+            f'ε = {every(lambda r: round(r.run.eps, 4))}. Seeds: {every(lambda r: r.run.seed)}. '
+            f'Test images: {images}. On {every(lambda r: r.device)}, trained in '
+            f'{every(lambda r: r.precision)}, evaluated in float32, code {every(commit)}.')
 
-_SCALED = dict(paper="at the paper's scale", digits="on scikit-learn's digits, NOT the experiment of the paper",
-               laptop='at laptop scale: smaller networks, fewer epochs, NOT the experiment of the paper')
+# %% ../nbs/28_reproduce.ipynb #ac51a9d2
+_SCALED = dict(
+    paper="at the paper's scale", digits="on scikit-learn's digits, NOT the experiment of the paper",
+    laptop='at laptop scale: small networks, few epochs, NOT the experiment of the paper')
 
-def table_markdown(table:str, scale:str, records:dict, link=str, **kwargs) -> str: # see `make_table`
-    "The table with heading, provenance, known problems, and records linked by `link(name)`."
+# %% ../nbs/28_reproduce.ipynb #736d12bb
+def table_markdown(
+    table:str, scale:str, records:dict, # see `make_table`
+    link=str, # makes a link of a record's name
+    **kwargs # see `plan`
+) -> str:
+    "The table with heading, provenance, known problems, and links to its records."
     d, rows = make_table(table, scale, records, **kwargs), plan(table, scale, **kwargs)
     found = {r.id: records[r.id] for *_,r in rows if r.id in records}.values()
-    doubts = [f'{r.run.name} failed a sanity check: {c["found"]}' for r in found for c in r.checks if not c['ok']]
-    kind, n = dict(table='Table', fig='Fig.')[table[:-1]], table[-1]
-    lines = [f'**{kind} {n} of the paper ({TABLES[table]["title"]}), and beside it our runs {_SCALED[scale]}**',
+    doubts = [f'{r.run.name} failed a sanity check: {c["found"]}'
+              for r in found for c in r.checks if not c['ok']]
+    title = f'{dict(table="Table", fig="Fig.")[table[:-1]]} {table[-1]} of the paper'
+    lines = [f'**{title} ({TABLES[table]["title"]}), and beside it our runs {_SCALED[scale]}**',
              markdown_table(d.set_index(d.columns[0])),
-             _provenance(list(found)) + ' ± is the 95% CI of the test images where there is one seed, the'
-             ' standard deviation between seeds where there are several.' if found
+             f'{_provenance(list(found))} ± is the 95% CI of the test images where there is one seed,'
+             ' the standard deviation between seeds where there are several.' if found
              else 'There are no records of our runs yet.']
-    lines += [f"- About the paper's numbers: {o}" for o in _known(table)] + [f'- {o}' for o in doubts]
-    if found: lines += ['Records: ' + ', '.join(f'[{r.run.name}]({link(r.run.name)})' for r in found)]
+    lines += [f"- About the paper's numbers: {o}" for o in _known(table)]
+    lines += [f'- {o}' for o in doubts]
+    names = ', '.join(f'[{r.run.name}]({link(r.run.name)})' for r in found)
+    if names: lines.append(f'Records: {names}')
     return '\n\n'.join(lines) + '\n'
 
-def plot_table(table:str, scale:str, records:dict, attack:str='PGD_sat', **kwargs): # -> matplotlib axes
+# %% ../nbs/28_reproduce.ipynb #a89a2ba1
+def plot_table(
+    table:str, scale:str, records:dict, # see `make_table`
+    attack:str='PGD_sat', # on the vertical axis
+    **kwargs # see `plan`
+): # -> matplotlib axes
     "Clean against robust accuracy, a point a run; up and to the right is better."
     import matplotlib.pyplot as plt
     _, ax = plt.subplots(figsize=(6, 3.8))
@@ -595,15 +666,17 @@ def plot_table(table:str, scale:str, records:dict, attack:str='PGD_sat', **kwarg
         error = lambda o: [[100*(o['accuracy'] - o['low'])], [100*(o['high'] - o['accuracy'])]]
         label = MAPS.get(name, name) if name not in colors else None
         color = colors.setdefault(name, f'C{len(colors)}')
-        ax.errorbar(100*x['accuracy'], 100*y['accuracy'], error(y), error(x), 'o', color=color, label=label)
-    ax.set(xlabel='clean accuracy (%)', ylabel=f'accuracy, {attack} (%)', title=f'{table}, {scale} scale')
+        ax.errorbar(100*x['accuracy'], 100*y['accuracy'], error(y), error(x), 'o', color=color,
+                    label=label)
+    ax.set(xlabel='clean accuracy (%)', ylabel=f'accuracy, {attack} (%)',
+           title=f'{table}, {scale} scale')
     if colors: ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return ax
 
 # %% ../nbs/28_reproduce.ipynb #9ada7392
 def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict:
     try: seeds = tuple(int(o) for o in str(seeds).split(','))
-    except ValueError: raise AderError(f'--seeds is a list like 0 or 0,1,2, got {seeds!r}') from None
+    except ValueError: raise AderError(f'--seeds is like 0 or 0,1,2, got {seeds!r}') from None
     if min(seeds) < 0: raise AderError('--seeds must not be negative')
     if any(o is not None and o < 1 for o in (epochs, images)):
         raise AderError('--epochs and --images must be at least 1')
@@ -611,6 +684,7 @@ def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict
 
 def _tables(table:str) -> list[str]: return list(TABLES) if table == 'all' else table.split(',')
 
+# %% ../nbs/28_reproduce.ipynb #a0e814c9
 def ader_reproduce(
     table:str, # table1 to table7, fig2 to fig4, several separated by commas, or all
     scale:str='digits', # paper: its settings, for GPUs; laptop: CIFAR-10 on a CPU; digits: minutes
@@ -634,8 +708,10 @@ def ader_reproduce(
     failed = run_all(todo, folder, results, workers, ray, num_gpus)
     ader_table(table, scale, only, seeds, results, epochs, images)
     if failed:
-        raise AderError(f'{len(failed)} runs failed: {"; ".join(f"{k} ({v})" for k,v in failed.items())}')
+        why = '; '.join(f'{k} ({v})' for k,v in failed.items())
+        raise AderError(f'{len(failed)} runs failed: {why}')
 
+# %% ../nbs/28_reproduce.ipynb #c784c003
 def ader_table(
     table:str, # table1 to table7, fig2 to fig4, several separated by commas, or all
     scale:str='digits', # paper, laptop or digits

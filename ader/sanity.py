@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['Check', 'sanity_checks', 'Report', 'robustness_report', 'by_class', 'plot_by_class', 'png', 'page', 'report_page']
 
-# %% ../nbs/08_sanity.ipynb #58c68f6b
+# %% ../nbs/08_sanity.ipynb #237a066f
 import base64, html, io, time, torch
 import pandas as pd
 from dataclasses import dataclass, replace
+from fastcore.meta import delegates
 from jinja2 import Environment, PackageLoader
-from pathlib import Path
 from torch import Tensor, nn
-from .attacks import FGSM, PGD, CW_inf, Threat, ce, frozen
-from .evaluation import (plot_robustness, robust_mask, _attack_all, _default_attacks, _fingerprint,
-                             _first_batches, _float32, _tabulate, _threat_of)
-from .speed import FrozenCopy
+from types import SimpleNamespace
+from .attacks import FGSM, PGD, CW_inf, Threat, ce, frozen, paper_attacks
+from .evaluation import (evaluate, plot_robustness, robust_mask, _fingerprint, _run, _tabulate,
+                             _threat_of)
 
-# %% ../nbs/08_sanity.ipynb #862cbf46
+# %% ../nbs/08_sanity.ipynb #67439f7a
 @dataclass(frozen=True)
 class Check:
     "One sign of masked gradients or of a wrong evaluation."
@@ -26,33 +26,34 @@ class Check:
     found:str # what was measured
     why:str # why it matters
 
+# %% ../nbs/08_sanity.ipynb #ff1d9cb9
+def _input_gradients(model:nn.Module, x:Tensor, y:Tensor) -> Tensor: # (B, C, H, W)
+    with frozen(model), torch.enable_grad():
+        z = x.clone().requires_grad_()
+        loss = ce(model(z), y).sum()
+        g = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    return torch.zeros_like(x) if g is None else g
+
+# %% ../nbs/08_sanity.ipynb #103fcd76
 def _static_checks(model:nn.Module, x:Tensor, y:Tensor) -> list[Check]:
     "Mode, determinism and gradients, without an attack."
     training = any(m.training for m in model.modules())
     with torch.no_grad(), frozen(model):
         a, b, alone = model(x), model(x), torch.cat([model(o[None]) for o in x[:8]])
     scale = a.abs().max().clamp_min(1e-6)
-    twice, apart = ((a - b).abs().max()/scale).item(), ((a[:8] - alone).abs().max()/scale).item()
+    twice, apart = ((o.abs().max()/scale).item() for o in (a - b, a[:8] - alone))
     g = _input_gradients(model, x, y).flatten(1)
     dead = ((g.abs().amax(1) == 0) | ~g.isfinite().all(1)).float().mean().item()
     return [
         Check('evaluation mode', not training, 'it was in training mode' if training else 'yes',
               'In training mode predictions depend on the other images of the batch.'),
         Check('same logits twice, alone or in a batch', max(twice, apart) < 1e-3,
-              f'they differ by {twice:.1e} in a second call and by {apart:.1e} alone, relative to the '
-              'largest', 'An attack on a random network must average over its randomness.'),
+              f'they differ by {twice:.1e} in a second call and by {apart:.1e} alone, relative to '
+              'the largest', 'An attack on a random network must average over its randomness.'),
         Check('gradients exist', dead <= 0.1, f'zero or not finite for {dead:.0%} of the images',
               'Where the gradient is zero or not finite, an attack that follows it stands still.')]
 
-def _input_gradients(model:nn.Module, x:Tensor, y:Tensor) -> Tensor: # (B, C, H, W)
-    with frozen(model), torch.enable_grad():
-        z = x.clone().requires_grad_()
-        loss = ce(model(z), y).sum()
-        if not loss.requires_grad: return torch.zeros_like(x)
-        g, = torch.autograd.grad(loss, z, allow_unused=True)
-        return torch.zeros_like(x) if g is None else g
-
-# %% ../nbs/08_sanity.ipynb #133b5703
+# %% ../nbs/08_sanity.ipynb #c362331e
 @dataclass(frozen=True)
 class _Noise: # a random corner of the ball (Linf), or a random point of it (L2)
     threat:Threat
@@ -61,57 +62,64 @@ class _Noise: # a random corner of the ball (Linf), or a random point of it (L2)
         sign = torch.randn(x.shape, generator=rng, device=x.device).sign()
         return self.threat.project(x + self.threat.eps*sign, x)
 
-def _attack_checks(model, x, y, threat, black_box, seed, search_model) -> list[Check]:
-    "What attacks of different strength find."
-    n, slack = len(x), max(2, 0.03*len(x))
+# %% ../nbs/08_sanity.ipynb #60e85dc6
+def _count_correct(model, x, y, threat, black_box, seed, search_model) -> SimpleNamespace:
+    "How many images are still correct under each attack of `_attack_checks`."
     robust = lambda attack, mask=None: robust_mask(model, [(x, y)], attack, seed, mask,
                                                    search_model=search_model)[0]
-    left, share = lambda attack: int(robust(attack).sum()), lambda k: f'{k/n:.0%}'
-    pgd, one, noise = robust(PGD(threat, 20)), left(FGSM(threat)), left(_Noise(threat))
+    left = lambda *args: int(robust(*args).sum())
+    pgd = robust(PGD(threat, 20))
     white = robust(CW_inf(threat), pgd) # only those that PGD left
-    many, shown = int(pgd.sum()), int(white.sum())
-    beyond = shown - int(robust(PGD(threat, 100, restarts=5), white).sum())
     far = (threat.hi - threat.lo)*(1 if threat.norm == 'Linf' else x[0].numel()**0.5)
-    whole = left(PGD(replace(threat, eps=far), 60, far/30, 'gaussian')) # small steps: large ones jump
-    curve = [left(PGD(threat, 10).with_eps(threat.eps*m)) for m in (0.25, 0.5, 0.75)] + [many]
-    rise = max(b - a for a,b in zip(curve, curve[1:]))
+    small_steps = PGD(replace(threat, eps=far), 60, far/30, 'gaussian') # large ones jump
+    curve = [left(PGD(threat, 10).with_eps(threat.eps*m)) for m in (0.25, 0.5, 0.75)]
+    return SimpleNamespace(
+        pgd=int(pgd.sum()), white=int(white.sum()), one=left(FGSM(threat)), far=left(small_steps),
+        noise=left(_Noise(threat)), more=left(PGD(threat, 100, restarts=5), white),
+        curve=[*curve, int(pgd.sum())], black={repr(a): left(a) for a in black_box})
+
+# %% ../nbs/08_sanity.ipynb #c67e040d
+def _attack_checks(c:SimpleNamespace, n:int) -> list[Check]:
+    "What attacks of different strength find: counts `c` of `n` images."
+    slack, share = max(2, 0.03*n), lambda k: f'{k/n:.0%}'
+    beyond, rise = c.white - c.more, max(b - a for a,b in zip(c.curve, c.curve[1:]))
     checks = [
-        Check('no accuracy at a large ε', whole <= max(2, 0.05*n),
-              f'{share(whole)} correct with the whole pixel range allowed',
+        Check('no accuracy at a large ε', c.far <= max(2, 0.05*n),
+              f'{share(c.far)} correct with the whole pixel range allowed',
               'With all pixels free every network can be fooled, if the attack works.'),
-        Check('noise is weaker', noise >= many - slack,
-              f'noise leaves {share(noise)}, PGD-20 {share(many)}',
+        Check('noise is weaker', c.noise >= c.pgd - slack,
+              f'noise leaves {share(c.noise)}, PGD-20 {share(c.pgd)}',
               'An attack must find more than chance does.'),
-        Check('one step is weaker than many', one >= many - slack,
-              f'one step leaves {share(one)}, twenty {share(many)}',
+        Check('one step is weaker than many', c.one >= c.pgd - slack,
+              f'one step leaves {share(c.one)}, twenty {share(c.pgd)}',
               'If many steps find less than one, gradients mislead.'),
         Check('more steps and restarts find little more', beyond <= max(slack, 0.1*n),
-              f'PGD-20 and CW-30 leave {share(shown)}, five times 100 steps fool {share(beyond)} more',
-              'Otherwise the accuracy shown is far from the worst case.'),
+              f'PGD-20 and CW-30 leave {share(c.white)}, five times 100 steps fool {share(beyond)} '
+              'more', 'Otherwise the accuracy shown is far from the worst case.'),
         Check('accuracy falls with ε', rise <= slack,
-              'from ε/4 to ε: ' + ', '.join(map(share, curve)), 'A larger ball contains a smaller one.')]
-    blacks = {repr(a): left(a) for a in black_box}
-    if blacks:
-        found = ', '.join(f'{k} {share(v)}' for k,v in blacks.items())
-        checks.append(Check('white-box beats black-box', min(blacks.values()) >= shown - slack,
-                            f'PGD and CW leave {share(shown)}, {found}',
-                            'Gradients should help an attack.'))
-    return checks
+              'from ε/4 to ε: ' + ', '.join(map(share, c.curve)),
+              'A larger ball contains a smaller one.')]
+    if not c.black: return checks
+    found = ', '.join(f'{k} {share(v)}' for k,v in c.black.items())
+    white = Check('white-box beats black-box', min(c.black.values()) >= c.white - slack,
+                  f'PGD and CW leave {share(c.white)}, {found}', 'Gradients should help an attack.')
+    return [*checks, white]
 
+# %% ../nbs/08_sanity.ipynb #a5dda99c
 def sanity_checks(
     model:nn.Module, # images in [0, 1] -> logits, as it was given
-    x:Tensor, # (B, C, H, W) images that are classified correctly; a hundred are enough
-    y:Tensor, # (B,) labels
+    x:Tensor, y:Tensor, # (B, C, H, W) images that are classified correctly, and their (B,) labels
     threat:Threat, # as in the evaluation
     black_box:list=(), # attacks that don't use gradients, to compare with
     seed:int=0, # of the random starts
     search_model:nn.Module|None=None # a copy of `model` that is attacked; default: itself
 ) -> list[Check]:
     "Signs of gradient masking (Athalye et al. 2018, Carlini et al. 2019)."
-    more = x, y, threat, black_box, seed, search_model
-    return _static_checks(model, x, y) + _attack_checks(model, *more)
+    static = _static_checks(model, x, y)
+    counts = _count_correct(model, x, y, threat, black_box, seed, search_model)
+    return static + _attack_checks(counts, len(x))
 
-# %% ../nbs/08_sanity.ipynb #25e35f5c
+# %% ../nbs/08_sanity.ipynb #c5b391b9
 @dataclass(frozen=True, repr=False)
 class Report:
     "A robustness table, its sanity checks, and how it was made."
@@ -137,28 +145,24 @@ class Report:
     def __getitem__(self, attack:str) -> float: # accuracy
         return self.table.set_index('attack').accuracy[attack]
 
+# %% ../nbs/08_sanity.ipynb #9747ff7d
+@delegates(evaluate)
 def robustness_report(
     model:nn.Module, # images in [0, 1] -> logits; left as it was
     dl, # batches (x, y), for example `dls.test`
     attacks:list|None=None, # default: the paper's four, within `threat`
     threat:Threat|None=None, # default: Linf with the customary ε of the data
-    images:int|None=None, # only the first so many; default: all
     checks:int=100, # images for the sanity checks; 0: no checks
     black_box:list=(), # attacks that don't use gradients; for the table and for the checks
     seed:int=0, # of the random starts
-    folder:str|Path|None=None, # keep progress here, and continue from there
-    progress:bool=True, # show a bar
-    precision:str='float32', # of the search; see `ader.speed.dtype_of`
-    compile:bool=False # use `torch.compile` for the search
+    **kwargs
 ) -> Report:
     "Accuracy, robust accuracy, and signs of gradient masking."
-    threat, device, start = threat or _threat_of(dl), next(model.parameters()).device, time.perf_counter()
-    batches, net = _first_batches(dl, images, device), _float32(model)
-    attacks = [*_default_attacks(dl, attacks, threat), *black_box]
-    search = FrozenCopy(net, batches[0][0], precision, compile)
-    results = _attack_all(net, batches, attacks, seed, folder, progress, search)
-    x, y = (torch.cat(o) for o in zip(*batches))
-    some, found = results['clean'][0].nonzero().flatten()[:checks].to(device), []
+    threat, start = threat or _threat_of(dl), time.perf_counter()
+    attacks = [*(paper_attacks(threat) if attacks is None else attacks), *black_box]
+    net, search, batches, results = _run(model, dl, attacks, seed=seed, **kwargs)
+    (x, y), found = map(torch.cat, zip(*batches)), []
+    some = results['clean'][0].nonzero().flatten()[:checks].to(y.device)
     if len(some): found = sanity_checks(net, x[some], y[some], threat, black_box, seed, search)
     ds = getattr(dl, 'dataset', None)
     settings = dict(
@@ -184,7 +188,7 @@ def plot_by_class(report:Report, ax=None): # -> matplotlib axes
     style = dict(annot=d.shape[1] <= 20, fmt='.0f', cmap='viridis', cbar_kws=dict(label='percent'))
     return sns.heatmap(d, vmin=0, vmax=100, ax=ax, **style)
 
-# %% ../nbs/08_sanity.ipynb #11c3782f
+# %% ../nbs/08_sanity.ipynb #0107a545
 def png(fig) -> bytes:
     "A matplotlib figure as the bytes of a PNG file; the figure is closed."
     import matplotlib.pyplot as plt
@@ -193,9 +197,9 @@ def png(fig) -> bytes:
     plt.close(fig)
     return buffer.getvalue()
 
+# %% ../nbs/08_sanity.ipynb #7e7ad9ce
 def page(
-    title:str, # heading of the page
-    summary:str, # what it shows, in a sentence or two
+    title:str, summary:str, # heading of the page; what it shows, in a sentence or two
     table:pd.DataFrame, # shown first
     pictures:dict[str,tuple[str,bytes]], # heading -> (caption, PNG)
     facts:dict, # how it was made
@@ -209,16 +213,17 @@ def page(
         title=title, summary=summary, table=table, rows=zip(table.index, table.values),
         pictures=images, facts=facts, checks=checks, warning=warning)
 
+# %% ../nbs/08_sanity.ipynb #d01e689b
 def report_page(
     report:Report, # from `robustness_report`
     title:str='Robustness', # heading of the page
     pictures:dict|None=None # more pictures: heading -> (caption, PNG)
 ) -> str: # HTML
     "A report as a self-contained page."
-    t = report.table
+    t, percent = report.table, lambda o: (100*o).map('{:.1f}'.format)
     cells = pd.DataFrame({
-        'accuracy': [f'{100*a:.1f}%' for a in t.accuracy],
-        '95% interval': [f'{100*a:.1f} to {100*b:.1f}%' for a,b in zip(t.low, t.high)],
+        'accuracy': percent(t.accuracy) + '%',
+        '95% interval': percent(t.low) + ' to ' + percent(t.high) + '%',
         'images': t.images, 'seconds': t.seconds.round(1), 'forward passes': t.forward,
         'backward passes': t.backward}).set_axis(t.attack)
     bars, heat = png(plot_robustness(t).figure), png(plot_by_class(report).figure)

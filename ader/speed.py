@@ -23,6 +23,7 @@ def has_bfloat16(device:torch.device) -> bool:
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == 'cpu' and cpu
 
+# %% ../nbs/22_speed.ipynb #e39af91e
 def dtype_of(
     precision:str, # 'auto': bfloat16 where the hardware has it; 'float32'; 'bfloat16'
     net:nn.Module # the network
@@ -35,8 +36,9 @@ def dtype_of(
     low = precision == 'bfloat16' or precision == 'auto' and has_bfloat16(p.device)
     return torch.bfloat16 if low else torch.float32
 
+# %% ../nbs/22_speed.ipynb #2658ae44
 def run_in(dtype:torch.dtype, f, x:Tensor, **kwargs): # what `f(x, **kwargs)` returns, in float32
-    "Call `f` on (B, C, H, W) images with channels last, under bfloat16 autocast if `dtype` says so."
+    "Call `f` on (B, C, H, W) images with channels last, under autocast if `dtype` is bfloat16."
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = f(x.contiguous(memory_format=torch.channels_last), **kwargs)
     return _in_float32(out)
@@ -69,6 +71,7 @@ def unwrap(net:nn.Module) -> nn.Module:
     "The network inside the wrapper of parallel training."
     return net.module if isinstance(net, (DataParallel, DistributedDataParallel)) else net
 
+# %% ../nbs/22_speed.ipynb #9f3c4622
 class FrozenCopy(nn.Module):
     "A fast copy of a network as it is now, in evaluation mode, without gradients of weights."
     def __init__(self,
@@ -114,6 +117,7 @@ def _rewrite(self:FrozenCopy, x:Tensor):
     for m in self.net.modules():
         if self.dtype == torch.bfloat16 and isinstance(m, (nn.Conv2d, nn.Linear)): m.to(self.dtype)
 
+# %% ../nbs/22_speed.ipynb #7744cb0e
 @patch
 @torch.no_grad()
 def refresh(self:FrozenCopy) -> FrozenCopy:

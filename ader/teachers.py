@@ -43,6 +43,7 @@ def _together(learn): # -> context in which the processes of a launcher train `l
     from ader.distributed import distributed
     return distributed(learn)
 
+# %% ../nbs/24_teachers.ipynb #de6d649d
 def train(
     method:Method, net:nn.Module, # how to train; the network to train, changed in place
     dls, # fastai `DataLoaders`
@@ -77,6 +78,7 @@ def train(
 # %% ../nbs/24_teachers.ipynb #43dd3bef
 TEACHER_METHODS = dict(natural=Natural, trades=TRADES, sat=SAT)
 
+# %% ../nbs/24_teachers.ipynb #48544071
 @delegates(train, but=['cbs', 'fit'])
 def teach(
     method:str, # 'natural' for a clean teacher, 'trades' or 'sat' for an adversarial one
@@ -142,6 +144,7 @@ class AttachedAttention(nn.Module):
         self.net.eval() # the network itself never changes
         return self
 
+# %% ../nbs/24_teachers.ipynb #b68fe9e3
 archs['attached_attention'] = lambda net, **kwargs: AttachedAttention(build(net), **kwargs)
 
 # %% ../nbs/24_teachers.ipynb #e116e70f
@@ -152,6 +155,7 @@ def _hooked(self:AttachedAttention, x:Tensor, f) -> Tensor: # (B, K)
     try: return self.net(x)
     finally: hook.remove()
 
+# %% ../nbs/24_teachers.ipynb #9e960397
 @patch
 def features(self:AttachedAttention, x:Tensor) -> tuple[Tensor, Tensor]: # (B, K), (B, N, h, w)
     "Logits, and the output of the layer."
@@ -166,6 +170,7 @@ def forward(self:AttachedAttention, x:Tensor, attend:bool=False) -> Tensor|Atten
     z, g = self.features(x)
     return AttentionOutput(z, *(self.block(g) if self.block else (activation_map(g), None)))
 
+# %% ../nbs/24_teachers.ipynb #f182d274
 @patch
 def with_map_applied(self:AttachedAttention, x:Tensor) -> AttentionOutput:
     "What the network would answer if it used the branch's map (Eq. 2)."
@@ -256,6 +261,7 @@ def _weights_only():
             yield
     finally: os.environ.pop(name) if old is None else os.environ.update({name: old})
 
+# %% ../nbs/24_teachers.ipynb #8a470f1c
 def _robustbench(): # -> module `robustbench.utils`
     "RobustBench imports AutoAttack under its old name."
     import pyautoattack, pyautoattack.state
@@ -281,6 +287,7 @@ def _zoo_entry(name:str, dataset:str, threat:str): # -> function that makes the 
     if not rb.timm.is_model(timm): return zoo[name]['model']
     return partial(rb.timm.create_model, timm, num_classes=rb.DATASET_CLASSES[data])
 
+# %% ../nbs/24_teachers.ipynb #2234b108
 def _zoo_net(name:str, dataset:str='cifar10', threat:str='Linf') -> nn.Module: # with fresh weights
     make = _zoo_entry(name, dataset, threat)
     with _weights_only(): net = make()
@@ -291,9 +298,11 @@ archs['robustbench'] = _zoo_net
 
 # %% ../nbs/24_teachers.ipynb #2019ecb7
 _DATA = dict(cifar10='CIFAR-10', cifar100='CIFAR-100', imagenet='ImageNet')
+
 _ZOO_EPS = {('cifar10', 'Linf'): 8/255, ('cifar10', 'L2'): 0.5, ('cifar100', 'Linf'): 8/255,
             ('imagenet', 'Linf'): 4/255, ('imagenet', 'L2'): 3.} # RobustBench's rules
 
+# %% ../nbs/24_teachers.ipynb #56a5c088
 def from_robustbench(
     name:str, # such as 'Gowal2020Uncovering_70_16_extra'
     dataset:str='cifar10', # 'cifar10', 'cifar100' or 'imagenet'

@@ -44,10 +44,13 @@ class Method(Callback):
         precision:str='auto', # 'float32', 'bfloat16', or 'auto': see `ader.speed.dtype_of`
         compile:bool=False # compile the copies that are attacked and asked
     ):
-        if branch_weight < 0: raise AderError(f'branch_weight must be at least 0, got {branch_weight}')
-        self.threat, self.steps, self.step_size, self.teachers = threat, steps, step_size, teachers or {}
-        self.branch_weight, self.precision, self.compile = branch_weight, precision, compile
-        self.terms, self._own, self._copies, self._asked, self._hooks = defaultdict(list), L(), {}, {}, []
+        if branch_weight < 0:
+            raise AderError(f'branch_weight must be at least 0, got {branch_weight}')
+        self.threat, self.steps, self.step_size = threat, steps, step_size
+        self.branch_weight, self.teachers = branch_weight, teachers or {}
+        self.precision, self.compile = precision, compile
+        self.terms, self._own, self._hooks = defaultdict(list), L(), []
+        self._copies, self._asked = {}, {}
         self._first = self._batch = None
         self._dtype, self._warned = dtype_of(precision, nn.Flatten()), ''
         self.training_attack(threat or Threat()) # refuses bad settings now
@@ -72,6 +75,7 @@ def frozen_copy(self:Method, role:str) -> nn.Module:
     "The fast copy of the 'student' as it is in this step, or of a teacher."
     return self._copies.get(role) or (self.net if role == 'student' else self.teachers[role])
 
+# %% ../nbs/05_training.ipynb #46ba82c9
 @patch
 def student(self:Method, x:Tensor) -> AttentionOutput:
     "Logits, map and branch logits of the student, in training mode."
@@ -81,6 +85,7 @@ def student(self:Method, x:Tensor) -> AttentionOutput:
     if net is self.net or self.branch_weight or out.branch_logits is None: return out
     return out._replace(logits=out.logits + 0*out.branch_logits.sum()) # all gradients are awaited
 
+# %% ../nbs/05_training.ipynb #ed03382e
 @patch
 @torch.no_grad()
 def teacher(self:Method, role:str, x:Tensor) -> AttentionOutput:
@@ -95,6 +100,7 @@ def attack_student(self:Method, x:Tensor, target:Tensor) -> Tensor: # labels or 
     s = self.frozen_copy('student')
     with frozen(s): return self.attack.perturb(s, x, target)
 
+# %% ../nbs/05_training.ipynb #2b7f233c
 @patch
 def both_heads(self:Method, f, *outs:AttentionOutput) -> Tensor:
     "`f` of the logits plus `branch_weight` times `f` of the branch logits, where all have them."
@@ -115,6 +121,7 @@ def log_mean(self:Method, k:str) -> float:
     last = self.terms.get(k, [])[-len(self.dls.train):]
     return torch.stack(last).mean().item() if last else float('nan')
 
+# %% ../nbs/05_training.ipynb #eae4c373
 @patch
 def history(self:Method): # -> pandas `DataFrame`, a row a step
     "All logged numbers."
@@ -143,6 +150,7 @@ class Accuracy(Metric):
         right, n = all_reduce_sum(counts).tolist()
         self.right, self.n = self.right + right, self.n + n
 
+# %% ../nbs/05_training.ipynb #27b050e7
 class _MeanLoss(AvgLoss): # over the images of all processes, whose slices may differ by one
     def accumulate(self, learn):
         n = len(learn.yb[0])
@@ -155,11 +163,12 @@ def _whole_batch(dl): # attacks draw what they would draw for the batches of all
     return _rank_slice(*dl.rank_slice, dl.whole) if here else nullcontext()
 
 # %% ../nbs/05_training.ipynb #bb220c5d
-def _check_teacher(role:str, teacher:nn.Module, x:Tensor, classes:int, names:list|None) -> nn.Module:
+def _check_teacher(role:str, teacher:nn.Module, x:Tensor, classes:int, names) -> nn.Module:
     "The teacher, adapted to the images `x` and on their device, if it has the student's classes."
     if not isinstance(teacher, nn.Module):
         raise AderError(f'the {role} teacher must be a network, got {type(teacher).__name__}')
-    teacher, shape = adapt_input(teacher, tuple(x.shape[1:])).to(x.device).eval(), tuple(x.shape[1:])
+    shape = tuple(x.shape[1:])
+    teacher = adapt_input(teacher, shape).to(x.device).eval()
     try: k = _num_classes(teacher, x)
     except (AderError, RuntimeError) as e:
         raise AderError(f'the {role} teacher does not accept images of shape {shape} ({e}); '
@@ -169,16 +178,18 @@ def _check_teacher(role:str, teacher:nn.Module, x:Tensor, classes:int, names:lis
     known = getattr(teacher, 'metadata', {}).get('classes')
     for a,b in zip(known or [], names or []):
         if a != b:
-            raise AderError(f'the {role} teacher has other classes than the data, or in another order:'
-                            f' {a!r} where the data has {b!r}; if only the names differ, set '
+            raise AderError(f'the {role} teacher has other classes than the data, or in another '
+                            f'order: {a!r} where the data has {b!r}; if only the names differ, set '
                             "teacher.metadata['classes'] = dls.train.dataset.classes")
     return teacher
 
+# %% ../nbs/05_training.ipynb #5e354960
 def _unexamined(teachers:dict[str,nn.Module]) -> str: # a line about teachers, '' if all is well
     checks = {role: getattr(t, 'metadata', {}).get('verified') for role,t in teachers.items()}
     no = [role for role,c in checks.items() if not c]
     bad = [role for role,c in checks.items() if c and role not in c.get('roles', ())]
-    which = lambda roles: f'the {" and the ".join(roles)} teacher {"was" if len(roles) == 1 else "were"}'
+    def which(roles):
+        return f'the {" and the ".join(roles)} teacher {"was" if len(roles) == 1 else "were"}'
     lines = [f'{which(no)} not checked (see ader.evaluation.check_teacher)'] if no else []
     lines += [f'{which(bad)} checked and found unfit for that'] if bad else []
     return '; '.join(lines).capitalize()
@@ -206,6 +217,7 @@ def before_fit(self:Method):
     self._warned = line
     self._add_metrics(threat)
 
+# %% ../nbs/05_training.ipynb #bf147b17
 @patch
 def _add_metrics(self:Method, threat:Threat):
     given = self.learn.metrics.filter(lambda m: m not in self._own) # an interrupted fit leaves ours
@@ -219,6 +231,7 @@ def before_train(self:Method):
     if self._new: self.reset()
     self.learn.loss_func = _MethodLoss(self, self.learn.loss_func)
 
+# %% ../nbs/05_training.ipynb #08576395
 @patch
 def reset(self:Method):
     "Forget what was logged, and the state of `weight`: a fit begins."
@@ -242,6 +255,7 @@ def before_batch(self:Method):
     self.learn.xb = dict(x=x, x_adv=x_adv)[self.first_input],
     self._hook_model()
 
+# %% ../nbs/05_training.ipynb #23a6f0e7
 @patch
 def _hook_model(self:Method):
     self._unhook()
@@ -263,6 +277,7 @@ def _hook_model(self:Method):
     self._hooks = [net.register_forward_pre_hook(before, with_kwargs=True),
                    net.register_forward_hook(after, always_call=True)]
 
+# %% ../nbs/05_training.ipynb #9fb1ad1d
 @patch
 def _unhook(self:Method):
     for h in self._hooks: h.remove()
@@ -276,16 +291,19 @@ class _MethodLoss:
         m = self.method
         return m._loss() if m.learn and m.training and m._batch else self.plain(pred, *yb)
 
+# %% ../nbs/05_training.ipynb #4d8a8bf9
 @patch
 def _loss(self:Method) -> Tensor:
     x, x_adv, y = self._batch
     self.learn.xb, self._batch = (x,), None
     loss = self.loss(x, x_adv, y)
-    if self._first: raise AderError(f"the loss of {type(self).__name__} doesn't use the student's first"
-                                    " pass; set `first_input` to 'x' or 'x_adv', what it uses first")
+    if self._first:
+        raise AderError(f"the loss of {type(self).__name__} doesn't use the student's first pass;"
+                        " set `first_input` to 'x' or 'x_adv', what it uses first")
     self._check_loss(loss.detach())
     return loss
 
+# %% ../nbs/05_training.ipynb #dfd00eac
 @patch
 def _put_back(self:Method):
     self._unhook()
@@ -295,6 +313,7 @@ def _put_back(self:Method):
 @patch
 def after_train(self:Method): self._put_back()
 
+# %% ../nbs/05_training.ipynb #b4308e4f
 @patch
 def after_fit(self:Method):
     if self.learn.lock.locked(): return
@@ -315,8 +334,8 @@ def _check_loss(self:Method, loss:Tensor):
     r = self.recorder
     last = zip(r.metric_names[1:-1], r.values[-1]) if r.values else ()
     before = ', '.join(f'{k} {v:.4g}' for k,v in last)
-    raise AderError(f'the loss of {type(self).__name__} became {loss.item():.4g} in epoch {self.epoch}, '
-                    f'step {self.iter}' + f' (the last epoch: {before})'*bool(before) +
+    raise AderError(f'the loss of {type(self).__name__} became {loss.item():.4g} in epoch '
+                    f'{self.epoch}, step {self.iter}' + f' (the last epoch: {before})'*bool(before) +
                     '; try a lower learning rate, or clip the gradients (fastai: GradientClip)')
 
 # %% ../nbs/05_training.ipynb #a46b4196
@@ -327,6 +346,7 @@ def state_dict(self:Method) -> dict:
                 weight=weight.state_dict() if hasattr(weight, 'state_dict') else None,
                 tensors={k: v for k,v in vars(self).items() if isinstance(v, Tensor)})
 
+# %% ../nbs/05_training.ipynb #e102f4de
 @patch
 def load_state_dict(self:Method, d:dict):
     "Take over what `state_dict` gave; to be called when a fit begins."

@@ -55,6 +55,7 @@ class ConstantWeight:
     def state_dict(self): return {}
     def load_state_dict(self, d): pass
 
+# %% ../nbs/04_weighting.ipynb #d9585b9c
 class AnnealedWeight(ConstantWeight):
     "ω from `start` to `end` along a half cosine."
     def __init__(self, start:float=0.9, end:float=0.1): # ω at the beginning and end, 0 to 1

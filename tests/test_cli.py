@@ -115,12 +115,12 @@ def test_what_the_demo_writes(demo):
         for cell in row.strip('| ').split('|'): assert cell.strip() in page
     r = json.loads((demo/'record.json').read_text())
     assert pd.DataFrame(r['results']).equals(pd.read_csv(demo/'table.csv'))
-    assert (r['seed'], r['evaluated']) == (3, '200 test images')
+    assert (r['seed'], r['evaluated']) == (3, '100 test images')
 
 def test_the_saved_student_is_the_one_in_the_table(demo):
     d = pd.read_csv(demo/'table.csv').query("network == 'ADER'")
     test, attacks = digits(device='cpu').test, paper_attacks(Threat(0.2))
-    got = evaluate(load(demo/'student'), test, attacks, images=200, seed=3, progress=False)
+    got = evaluate(load(demo/'student'), test, attacks, images=100, seed=3, progress=False)
     assert got.accuracy.tolist() == d.accuracy.tolist()
 
 def test_again_and_with_two_processes_the_same(demo, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def ours(net, x, y, t, step_size, seed):
 
 def foolbox(net, x, y, t, step_size, seed):
     fb = pytest.importorskip('foolbox')
-    fast, pgd = dict(inf=(fb.attacks.LinfFastGradientAttack, fb.attacks.LinfPGD)).get(t.norm, (fb.attacks.L2FastGradientAttack, fb.attacks.L2PGD))
+    fast, pgd = dict(Linf=(fb.attacks.LinfFastGradientAttack, fb.attacks.LinfPGD)).get(t.norm, (fb.attacks.L2FastGradientAttack, fb.attacks.L2PGD))
     attack = pgd(abs_stepsize=step_size, steps=STEPS, random_start=seed is not None) if step_size else fast()
     torch.manual_seed(seed or 0)
     return attack(fb.PyTorchModel(net, bounds=(0, 1), device='cpu'), x, y, epsilons=t.eps)[1]
@@ -52,7 +52,7 @@ def art(net, x, y, t, step_size, seed):
 
 pytestmark = pytest.mark.filterwarnings('ignore') # of the two libraries
 both = pytest.mark.parametrize('other', [foolbox, art], ids=lambda f: f.__name__)
-norms = pytest.mark.parametrize('threat', THREATS, ids=lambda t: f'L{t.norm}')
+norms = pytest.mark.parametrize('threat', THREATS, ids=lambda t: t.norm)
 
 @both
 @norms

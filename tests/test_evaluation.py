@@ -1,91 +1,183 @@
-"The robustness table: what it counts, and what it leaves alone."
-import copy
-import pytest, torch
+"The robustness table: what it counts, what it leaves alone, and what it refuses."
+import copy, json
+import pandas as pd, pytest, torch
 from torch import nn
-from ader.data import AderError, Batches, Images, digits
-from ader.networks import small_resnet
+from ader.attacks import FGSM, PGD, PGD_sat, Threat
 from ader.attention import add_attention
-from ader.attacks import FGSM, PGD, PGD_sat, Threat, paper_attacks
+from ader.data import AderError, Batches, Images
+from ader.evaluation import (accuracy_curves, compare, evaluate, markdown_table, plot_robustness,
+                             robust_mask, show_attacked, wilson, _first_batches, _judge_teacher,
+                             _tabulate)
+from ader.networks import small_resnet
 from ader.teachers import teach
-from ader.evaluation import accuracy_curves, evaluate, plot_robustness, wilson
+
+COST = ['seconds', 'forward', 'backward']
 
 
 @pytest.fixture(scope='module')
-def net():
+def net(all_digits):
     torch.manual_seed(0)
-    return teach('natural', small_resnet(width=8), digits(), epochs=4, progress=False)
+    return teach('natural', small_resnet(width=8), all_digits, epochs=4, progress=False)
+
+@pytest.fixture
+def run(all_digits):
+    def f(net, dl=None, **kw):
+        return evaluate(net, dl or all_digits.test, progress=False, **kw).drop(columns=COST)
+    return f
 
 
-def run(net, dl=None, **kw): return evaluate(net, digits().test if dl is None else dl, progress=False, **kw).drop(columns=['seconds', 'forward', 'backward'])
+# What is counted
 
-
-def test_the_size_of_batches_does_not_matter(net):
-    ds = digits().test.dataset
-    a, b = (run(net, Batches(ds, bs), attacks=[FGSM(Threat(0.1))]) for bs in (33, 500))
+def test_the_size_of_batches_does_not_matter(net, run, all_digits):
+    dls = [Batches(all_digits.test.dataset, bs) for bs in (33, 500)]
+    a, b = (run(net, dl, attacks=[FGSM(Threat(0.1))]) for dl in dls)
     assert a.equals(b)
 
 
-def test_the_network_is_left_as_it_was(net):
-    net = copy.deepcopy(net).train()
-    net.net.stem.eval()
-    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
-    run(net)
-    assert modes == [m.training for m in net.modules()]
-    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in net.parameters())
-
-
-def test_train_mode_is_judged_like_eval_mode(net):
-    assert run(copy.deepcopy(net).train()).equals(run(net))
-
-
-def test_half_precision_is_judged_in_float32(net):
-    half = copy.deepcopy(net).to(torch.bfloat16)
-    assert run(half).equals(run(copy.deepcopy(half).float()))
-    assert next(half.parameters()).dtype == torch.bfloat16
-
-
-def test_the_global_random_state_is_not_used(net):
-    torch.manual_seed(1); a = run(net, attacks=[PGD_sat(Threat(0.05))]); after = torch.rand(1)
-    torch.manual_seed(1); assert torch.equal(after, torch.rand(1))
-    torch.manual_seed(2); assert run(net, attacks=[PGD_sat(Threat(0.05))]).equals(a)
-
-
-def test_images_that_are_wrong_already_count_as_not_robust():
-    class Wrong(nn.Module): # right only for what is not an original image
-        def __init__(self): super().__init__(); self.p = nn.Parameter(torch.zeros(1))
-        def forward(self, x): return torch.stack([x.flatten(1).std(1) + self.p, 1 - x.flatten(1).std(1)], 1)
+def test_images_that_are_wrong_already_count_as_not_robust(run):
+    class Wrong(nn.Module): # correct only for what is not an original image
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1))
+        def forward(self, x):
+            s = x.flatten(1).std(1)
+            return torch.stack([s + self.p, 1 - s], 1)
     ds = Images(torch.full((10,1,4,4), 0.5), torch.zeros(10, dtype=torch.long), 'ab')
     assert run(Wrong(), Batches(ds, 4), attacks=[PGD(Threat(0.4))]).accuracy.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize('n', [1, 255, 256, 257, 500, 900])
-def test_the_first_images_across_batches(net, n):
-    d = run(net, images=n, attacks=[])
-    x, y = digits().test.dataset[:n]
-    with torch.no_grad(): right = (net(x).argmax(1) == y).sum().item()
-    assert d.images[0] == len(x) and d.accuracy[0] == pytest.approx(right/len(x))
+def test_the_worst_case_is_image_by_image():
+    masks = dict(clean=[1,1,1,1], a=[1,1,0,0], b=[0,1,1,0])
+    cost = dict(seconds=1., forward=2, backward=3)
+    d = _tabulate({k: (torch.tensor(v).bool(), cost) for k,v in masks.items()}).set_index('attack')
+    assert d.accuracy.tolist() == [1, 0.5, 0.5, 0.25] and d.index[-1] == 'worst case'
+    assert d.loc['worst case', COST].tolist() == [3, 6, 9]
 
 
-def test_no_images(net):
-    with pytest.raises(AderError, match='at least 1 image'): run(net, images=0)
-    with pytest.raises(AderError, match='no images'): run(net, dl=[])
+@pytest.mark.parametrize('n', [1, 255, 256, 257, 900])
+def test_the_first_images_across_batches(all_digits, n):
+    x, y = all_digits.test.dataset[:n]
+    got = [torch.cat(o) for o in zip(*_first_batches(all_digits.test, n, 'cpu'))]
+    assert torch.equal(got[0], x) and torch.equal(got[1], y)
 
 
 @pytest.mark.parametrize('k, n', [(0, 1), (1, 1), (0, 10_000), (5000, 10_000)])
-def test_intervals_hold_their_centre(k, n):
-    lo, hi = wilson(k, n)
-    assert 0 <= lo <= k/n <= hi <= 1 and hi > lo
+def test_an_interval_contains_its_accuracy(k, n):
+    low, high = wilson(k, n)
+    assert 0 <= low <= k/n <= high <= 1 and high > low
 
 
-def test_curves_start_clean_and_respect_the_pixel_range(net):
-    c = accuracy_curves({'a': net}, digits().test, PGD_sat(Threat(0.6), 3), [0.5, 1, 2], images=50, progress=False)
+def test_curves_start_clean_and_respect_the_pixel_range(net, run, all_digits):
+    c = accuracy_curves({'a': net}, all_digits.test, PGD_sat(Threat(0.6), 3), [0.5, 1, 2], 50, False)
     assert c.eps.tolist() == [0, 0.3, 0.6] # 1.2 would leave the pixel range
     assert c.accuracy[0] == run(net, images=50, attacks=[]).accuracy[0]
 
 
-def test_the_bars_show_the_table(net):
-    d = evaluate(net, digits().test, paper_attacks(Threat(0.1)), images=50, progress=False)
+# What is left alone
+
+def test_the_network_is_left_as_it_was(net, run):
+    net = copy.deepcopy(net).train()
+    net.net.stem.eval()
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    in_training = run(net)
+    assert modes == [m.training for m in net.modules()]
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert in_training.equals(run(net.eval()))
+
+
+def test_half_precision_is_evaluated_in_float32(net, run):
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    assert run(half, images=100).equals(run(copy.deepcopy(half).float(), images=100))
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_the_global_random_state_is_not_used(net, run):
+    attacks = [PGD_sat(Threat(0.05))]
+    torch.manual_seed(1)
+    a, after = run(net, attacks=attacks), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    torch.manual_seed(2)
+    assert run(net, attacks=attacks).equals(a)
+
+
+def test_progress_of_another_evaluation_is_not_used(net, all_digits, tmp_path):
+    "Other weights or a damaged file: the work is done again."
+    other = add_attention(small_resnet(width=8))
+    run = lambda net, **kw: evaluate(net, all_digits.test, [PGD_sat(Threat(0.2))], images=100,
+                                     progress=False, **kw).drop(columns='seconds')
+    want = run(net)
+    run(other, folder=tmp_path)
+    assert run(net, folder=tmp_path).equals(want)
+    for damaged in ('{"a', '[]'):
+        for f in tmp_path.iterdir(): f.write_text(damaged)
+        assert run(net, folder=tmp_path).equals(want)
+    assert all(json.loads(f.read_text()) for f in tmp_path.iterdir())
+
+
+def test_finished_work_is_not_done_again(net, all_digits, tmp_path):
+    batches, a = _first_batches(all_digits.test, 50, 'cpu'), PGD_sat(Threat(0.2))
+    first = robust_mask(net, batches, a, progress_file=tmp_path/'p.json')
+    calls = []
+    hook = net.register_forward_hook(lambda *_: calls.append(1))
+    again = robust_mask(net, batches, a, mask=first[0], progress_file=tmp_path/'p.json')
+    hook.remove()
+    assert not calls and torch.equal(first[0], again[0]) and first[1] == again[1]
+
+
+# What is refused
+
+def test_misuse(net, run, all_digits):
+    with pytest.raises(AderError, match='at least 1 image'): run(net, images=0)
+    with pytest.raises(AderError, match='no images'): evaluate(net, [], progress=False)
+    (x, y), = _first_batches(all_digits.test, 8, 'cpu')
+    with pytest.raises(AderError, match='must lie in'): run(net, [(x*255, y)])
+    with pytest.raises(AderError, match='0 to 9'): run(net, [(x, y + 10)])
+    same = [FGSM(Threat(0.1)), FGSM(Threat(0.2))]
+    with pytest.raises(AderError, match='name of its own'): run(net, attacks=same)
+
+
+# Tables and pictures
+
+def test_the_bars_show_the_table(net, all_digits):
+    d = evaluate(net, all_digits.test, images=50, progress=False)
     ax = plot_robustness({'a': d, 'b': d})
     heights = [[b.get_height() for b in c] for c in ax.containers if hasattr(c[0], 'get_height')]
     assert heights == [pytest.approx(d.accuracy.tolist())]*2
+    assert [o.get_text() for o in ax.get_xticklabels()] == d.attack.tolist()
+
+
+def test_titles_are_predictions(net, all_digits):
+    fig = show_attacked(net, all_digits.test, n=3)
+    (x, y), = _first_batches(all_digits.test, 3, 'cpu')
+    with torch.no_grad(): clean = net(x).argmax(1)
+    titles = [ax.title for ax in fig.axes[:3]]
+    assert [t.get_text() for t in titles] == [str(k) for k in clean.tolist()]
+    assert [t.get_color() for t in titles] == ['C0' if k == t else 'C3' for k,t in zip(clean, y)]
+
+
+def test_a_star_needs_a_clear_lead():
+    ok = lambda k: (torch.arange(500) < k, dict(seconds=0., forward=0, backward=0))
+    t = compare(dict(a=_tabulate(dict(clean=ok(400), pgd=ok(300))),
+                     b=_tabulate(dict(clean=ok(410), pgd=ok(200)))))
+    assert t.loc['pgd', 'a'].endswith('*')
+    assert not any(c.endswith('*') for c in (*t.loc['clean'], t.loc['pgd', 'b']))
+
+
+def test_markdown():
+    t = pd.DataFrame(dict(a=['1', '22'], long=['x', 'y']), index=['one', 'two'])
+    assert markdown_table(t) == ('|     |  a | long |\n|-----|---:|-----:|\n'
+                                 '| one |  1 |    x |\n| two | 22 |    y |\n')
+
+
+@pytest.mark.parametrize('percent, n, roles', [
+    ((10, 10, 10, 10), 10_000, []), # always the same class
+    ((90, 20, 15, 15), 10_000, ['clean']), # above guessing, but not a quarter
+    ((56, 40, 30, 30), 100, ['robust']), # 56 of 100 is not surely above 55%
+    ((90, 30, 60, 60), 10_000, ['clean'])]) # PGD finds less than FGSM
+def test_what_a_teacher_can_be(percent, n, roles):
+    names = 'clean', 'FGSM', 'PGD_sat', 'PGD_trades'
+    rows = [(a, k/100, *wilson(k*n//100, n)) for a,k in zip(names, percent)]
+    d = pd.DataFrame(rows, columns=['attack', 'accuracy', 'low', 'high'])
+    assert [k for k,(ok,_) in _judge_teacher(d, 0.1).items() if ok] == roles

@@ -39,6 +39,5 @@ def test_ader_learns(precision):
 
 
 def test_the_benchmark_runs():
-    assert bench_train(['ResNet-8'], ['small'], 3, device='cuda', say=lambda s: None)[0]['ratio'] > 0
-    assert abs(sum(o['share'] for o in bench_profile(['ResNet-8'], device='cuda', say=lambda s: None)) - 1) < 1e-6
-    assert bench_epoch('ResNet-8', 'small', images=1000, device='cuda', say=lambda s: None)['seconds'] > 0
+    assert bench_train(['ResNet-8'], ['small'], 3, device='cuda')[0]['ratio'] > 0
+    assert bench_epoch('ResNet-8', 'small', images=1000, device='cuda')['seconds'] > 0

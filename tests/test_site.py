@@ -49,9 +49,9 @@ def test_every_notebook_is_a_page_and_in_the_sidebar(maker, built):
 def test_a_name_in_prose_leads_to_its_entry(maker, built):
     nbs = [maker.Notebook(NBS/n) for n in NAMES]
     to = maker.links(nbs)
-    assert to['ader.attacks.PGD'] == to['PGD'] == 'attacks.html#pgd'
+    assert to['ader.attacks.PGD'] == to['PGD'] == 'attacks.html#PGD'
     assert maker.linked('See `ader.attacks.PGD`, `PGD()`, ``PGD`` and [`PGD`](x.html).\n```\n`PGD`\n```', to) == \
-        'See [`ader.attacks.PGD`](attacks.html#pgd), [`PGD()`](attacks.html#pgd), ``PGD`` and [`PGD`](x.html).\n```\n`PGD`\n```'
+        'See [`ader.attacks.PGD`](attacks.html#PGD), [`PGD()`](attacks.html#PGD), ``PGD`` and [`PGD`](x.html).\n```\n`PGD`\n```'
     assert maker.linked('[next](03_losses.ipynb#eq), [home](index.ipynb)', to) == '[next](losses.ipynb#eq), [home](index.ipynb)'
 
 def test_every_symbol_has_an_entry_with_its_parameters_and_its_source(maker, built):

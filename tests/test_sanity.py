@@ -1,0 +1,84 @@
+"Sanity checks: broken defences are caught, networks without a defence pass, and the page says so."
+import copy
+import pytest, torch
+from torch import nn
+from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer
+from ader.networks import small_resnet
+from ader.sanity import by_class, report_page, robustness_report
+from ader.teachers import teach
+
+PGD = PGD_sat(Threat(0.2))
+
+
+@pytest.fixture(scope='module')
+def nets(all_digits):
+    def make(method, epochs):
+        torch.manual_seed(0)
+        return teach(method, small_resnet(width=12), all_digits, epochs=epochs, progress=False)
+    return dict(natural=make('natural', 4), sat=make('sat', 8))
+
+@pytest.fixture
+def report(all_digits):
+    def f(net, **kw):
+        kw = dict(attacks=[PGD], images=100, checks=30, progress=False) | kw
+        return robustness_report(net, all_digits.test, **kw)
+    return f
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net, before=lambda x: x, after=lambda z: z):
+        super().__init__()
+        self.net, self.before, self.after = net, before, after
+    def forward(self, x): return self.after(self.net(self.before(x)))
+
+
+@pytest.mark.parametrize('name, other', [('natural', 'sat'), ('sat', 'natural')])
+def test_networks_without_masking_pass(nets, report, name, other):
+    "With black boxes beside the white one: nine checks."
+    r = report(nets[name], black_box=[Transfer(nets[other], PGD), Square(Threat(0.2), 100)])
+    assert r.ok and len(r.checks) == 9, r.verdict
+
+
+@pytest.mark.parametrize('broken, sign', [
+    (dict(before=lambda x: x.detach()), 'gradients exist'),
+    (dict(before=lambda x: x + 0.02*torch.sin(500*x)), 'no accuracy at a large ε'),
+    (dict(after=lambda z: z + torch.randn_like(z)), 'same logits twice'),
+    (dict(before=lambda x: x - 0.2*x.mean(0, keepdim=True)), 'alone or in a batch')])
+def test_broken_defences_are_caught(nets, report, broken, sign):
+    r = report(Wrapped(nets['sat'], **broken).eval())
+    assert r.verdict.startswith('Do not trust these numbers') and sign in r.verdict, r.verdict
+    html = report_page(r)
+    assert html.index('Do not trust') < html.index('<table')
+
+
+@pytest.mark.parametrize('mode', [lambda n: n.train(), lambda n: n.eval().net.stem.train()])
+def test_training_mode_is_caught(nets, report, mode):
+    "Of the whole network, or of a part of it; and it is left as it was."
+    net = copy.deepcopy(nets['sat'])
+    mode(net)
+    modes = [m.training for m in net.modules()]
+    assert 'evaluation mode' in report(net, checks=20).verdict
+    assert modes == [m.training for m in net.modules()]
+
+
+def test_l2(nets, report):
+    t = Threat(0.6, 'L2')
+    r = report(nets['sat'], threat=t, attacks=[FGSM(t), PGD_sat(t)])
+    assert r.ok and r.settings['threat'] == 'L2, ε = 0.6', r.verdict
+
+
+def test_a_report_without_checks(nets, report):
+    r = report(nets['sat'], attacks=None, checks=0)
+    assert r.verdict == 'No sanity checks were made.' and not r.checks
+    correct = torch.stack(list(r.masks.values())).all(0).float().mean().item()
+    assert r['worst case'] == pytest.approx(correct)
+    share = torch.bincount(r.y, minlength=10)/len(r.y)
+    for a in r.masks: assert (by_class(r)[a].values*share.numpy()).sum() == pytest.approx(r[a], abs=1e-6)
+    html = report_page(r, '<script>alert(1)</script>')
+    assert '<script' not in html and html.count('data:image/png') == 2
+
+
+def test_settings_of_the_evaluation_are_passed_on(nets, report):
+    r = report(nets['sat'], images=20, seed=3, precision='bfloat16', checks=0)
+    assert (r.settings['images'], r.settings['seed'], r.settings['precision']) == (20, 3, 'bfloat16')
+    with pytest.raises(TypeError): report(nets['sat'], epsilon=0.1)
