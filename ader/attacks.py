@@ -111,6 +111,7 @@ def margin(logits:Tensor, y:Tensor) -> Tensor: # (B, K), (B,) labels -> (B,)
     wrong = logits.scatter(1, y[:,None], -torch.inf).amax(1)
     return wrong - right[:,0]
 
+# %% ../nbs/03_attacks.ipynb #e9c9b68f
 def kl(logits:Tensor, target:Tensor) -> Tensor: # (B, K), (B, K) logits -> (B,)
     "KL(target ‖ prediction) of each image, both as logits."
     log_p, log_t = F.log_softmax(logits, 1), F.log_softmax(target, 1)
@@ -135,6 +136,7 @@ def frozen(*models:nn.Module):
 # %% ../nbs/03_attacks.ipynb #bbf6eb41
 _STARTS = 'uniform', 'gaussian', 'image'
 
+# %% ../nbs/03_attacks.ipynb #af66dfbb
 def random_start(
     x:Tensor, # (B, C, H, W) images
     threat:Threat, # the ball
@@ -250,6 +252,7 @@ def _num_classes(model:nn.Module, x:Tensor) -> int:
     if z.ndim != 2: raise AderError(f'a network must return logits (B, K), got {tuple(z.shape)}')
     return z.shape[1]
 
+# %% ../nbs/03_attacks.ipynb #ce8b2e09
 def _check_float(x:Tensor, lo:float, hi:float):
     check_images(x, lo, hi)
     if not x.is_floating_point():
@@ -285,6 +288,7 @@ def PGD_trades(threat:Threat=Threat(), steps:int=20) -> PGD:
     "PGD from a start close to the image, as in TRADES (Zhang et al. 2019)."
     return PGD(threat, steps, start='gaussian', name='PGD_trades')
 
+# %% ../nbs/03_attacks.ipynb #f0f65744
 def CW_inf(threat:Threat=Threat(), steps:int=30) -> PGD:
     "The margin of Carlini & Wagner (2017), optimised by PGD."
     return PGD(threat, steps, loss='cw', name='CW_inf')

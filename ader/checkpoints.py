@@ -79,6 +79,7 @@ def _read(path:Path) -> bytes:
     except FileNotFoundError: raise AderError(f'there is no file {path}') from None
     except OSError as e: raise AderError(f"can't read {path}: {e.strerror}") from None
 
+# %% ../nbs/23_checkpoints.ipynb #390b0fed
 def read_json(path:str|Path) -> dict:
     "The object in a JSON file, or an error that names the file."
     data = _read(path)

@@ -62,20 +62,22 @@ def command(
             sys.exit(130)
     return main
 
-# %% ../nbs/27_command_line.ipynb #6dc44188
+# %% ../nbs/27_command_line.ipynb #5d7379ad
 def _check(epochs:int=1, **numbers:int):
     "Refuse numbers that can't be meant."
     if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
     for k,v in numbers.items():
         if v < 0: raise AderError(f'--{k} must not be negative, got {v}')
 
+# %% ../nbs/27_command_line.ipynb #0d644a29
 def _threads(dls): # -> context; networks for digits are so small that a second thread costs time
     return one_thread() if dls.train.dataset.name == 'digits' else nullcontext()
 
-# %% ../nbs/27_command_line.ipynb #df837f82
+# %% ../nbs/27_command_line.ipynb #867bc06c
 _STUDENTS = 'Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'MTARD', 'ADER' # methods
 _TEACHERS = {'natural teacher': 'Natural', 'robust teacher': 'TRADES'} # name -> method
 
+# %% ../nbs/27_command_line.ipynb #678a03b6
 def _demo_net(name, teachers, threat, epochs, seed, images, checks):
     "Train and evaluate one network of the demo; students have teachers."
     start, dls, few = time.perf_counter(), digits(seed=seed, device='cpu'), dict(progress=False)
@@ -169,6 +171,7 @@ def ader_demo(
     print(f'\n{_write_demo(out, done, pictures, facts)}{" Too short to compare methods."*quick}\n'
           f'{facts["seconds"]} s. The report is in {out/"report.html"}')
 
+# %% ../nbs/27_command_line.ipynb #10e97af8
 ader_demo_cli = command(ader_demo)
 
 # %% ../nbs/27_command_line.ipynb #2c2c738b
@@ -245,6 +248,7 @@ def ader_teach(
     make = TEACHER_METHODS[method]
     _train_and_save('teacher', make, net, dict(net=net), {}, _measure_teacher, **kwargs)
 
+# %% ../nbs/27_command_line.ipynb #4ca1f995
 ader_teach_cli = command(ader_teach, all_ranks=True)
 
 # %% ../nbs/27_command_line.ipynb #6a8c6b4f
@@ -274,9 +278,10 @@ def ader_distill(
     make = partial(make_method, method, *teachers.values())
     _train_and_save('student', make, student, config, metadata, _measure_student, **kwargs)
 
+# %% ../nbs/27_command_line.ipynb #2246c224
 ader_distill_cli = command(ader_distill, all_ranks=True)
 
-# %% ../nbs/27_command_line.ipynb #f2e50572
+# %% ../nbs/27_command_line.ipynb #013f1f03
 def ader_evaluate(
     networks:str, # saved networks, separated by commas: folders, .safetensors or .json files
     data:str=None, # digits, cifar10, cifar100, or a folder of images; default: that of the training
@@ -297,9 +302,10 @@ def ader_evaluate(
     for name,net in nets.items():
         dls, t = _data_for(net, data, loader=loader), threat
         if eps is None: t = Threat(0.5 if t.norm == 'L2' else dls.test.dataset.eps, norm)
-        attacks = paper_attacks(t) + [AutoAttack(t)]*autoattack
+        attacks = paper_attacks(t) + ([AutoAttack(t)] if autoattack else [])
         black = [Transfer(o, a, f'{a!r} from {k}') for k,o in others.items()
-                 for a in (PGD_sat(t), CW_inf(t))] + [Square(t, queries)]*bool(queries)
+                 for a in (PGD_sat(t), CW_inf(t))]
+        if queries: black.append(Square(t, queries))
         with _threads(dls):
             r = robustness_report(
                 net, dls.test, attacks, t, images or None, black_box=black, seed=seed,
@@ -310,6 +316,7 @@ def ader_evaluate(
         print(f'{name}, {t.norm}, ε = {t.eps:.4g}\n{r}\nThe page is {out/name}.html\n', flush=True)
     if len(tables) > 1: print(markdown_table(compare(tables)))
 
+# %% ../nbs/27_command_line.ipynb #158758bd
 ader_evaluate_cli = command(ader_evaluate)
 
 # %% ../nbs/27_command_line.ipynb #05c9e122

@@ -22,12 +22,13 @@ from .evaluation import _first_batches, compare, evaluate, markdown_table, wilso
 from .networks import count_params, multiply_adds
 from .speed import one_thread
 
-# %% ../nbs/26_deploy.ipynb #b0f20b21
+# %% ../nbs/26_deploy.ipynb #b022749a
 def _extra(extra:str, *modules:str) -> list: # the modules that this extra of ader-distill brings
     try: return [import_module(n) for n in modules]
     except ImportError as e: raise AderError(
         f"{e.name} can't be imported; install it by: pip install 'ader-distill[{extra}]'") from None
 
+# %% ../nbs/26_deploy.ipynb #7d0a0075
 def _why(e:Exception) -> str:
     return f'{type(e).__name__}: {(str(e).strip() or "no details").splitlines()[0][:200]}'
 
@@ -50,7 +51,7 @@ def _to_bytes(model, classes:str) -> bytes: # `model`: an onnx_ir Model
     for o in (*m.graph.initializer, *m.graph.input): del o.metadata_props[:]
     return m.SerializeToString()
 
-# %% ../nbs/26_deploy.ipynb #46c9ffe4
+# %% ../nbs/26_deploy.ipynb #ee58c51c
 def to_onnx(
     net:nn.Module, # images in [0, 1] -> logits; the names of its classes are in `net.metadata`
     attention:bool=False, # a second output: the attention map
@@ -69,6 +70,7 @@ def to_onnx(
     except Exception as e:
         raise AderError(f'torch.onnx could not export this network ({_why(e)})') from None
 
+# %% ../nbs/26_deploy.ipynb #dabbbb53
 def _trace(flat:_Flat, x:Tensor): # -> onnx_ir Model
     names = ['logits', 'attention'][:1 + flat.attention]
     with warnings.catch_warnings():
@@ -89,12 +91,13 @@ def onnx_session(onnx:bytes|str|Path): # an ONNX file or its content -> `Inferen
         return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception as e: raise AderError(f'this is no whole ONNX file ({_why(e)})') from None
 
-# %% ../nbs/26_deploy.ipynb #1e502f4f
+# %% ../nbs/26_deploy.ipynb #47b94b98
 def _feed(session, x:Tensor) -> dict: # what `session.run` takes
     shape = session.get_inputs()[0].shape[1:]
     if list(x.shape[1:]) == shape: return dict(images=x.cpu().float().contiguous().numpy())
     raise AderError(f'this file takes images of shape {shape}, got a batch {tuple(x.shape)}')
 
+# %% ../nbs/26_deploy.ipynb #5bbd20ac
 @torch.no_grad()
 def run_onnx(session, x:Tensor) -> list[Tensor]: # from `onnx_session`; (B, C, H, W) in [0, 1]
     "Logits (B, K), and attention (B, 1, h, w) if the file has it."
@@ -119,7 +122,7 @@ def check_onnx(
     if max(diff.values()) <= 1e-4 and not changed: return found
     raise AderError(f'the outputs of the ONNX file are not those of the network: {found}')
 
-# %% ../nbs/26_deploy.ipynb #79a8eb52
+# %% ../nbs/26_deploy.ipynb #db88bce6
 def to_int8(
     onnx:bytes, # from `to_onnx`
     x:Tensor # (N, C, H, W) calibration images, from the training split
@@ -133,6 +136,7 @@ def to_int8(
     except Exception as e:
         raise AderError(f'onnxruntime could not quantise this network ({_why(e)})') from None
 
+# %% ../nbs/26_deploy.ipynb #a038eb28
 def _quantize(onnx:bytes, reader, classes:str) -> bytes:
     ir, q, shapes = _extra('onnx', 'onnx_ir', 'onnxruntime.quantization',
                            'onnxruntime.quantization.shape_inference')
@@ -226,7 +230,7 @@ def push_to_hub(
     except Exception as e: # names, tokens, the network and the Hub fail in different ways
         raise AderError(f'could not push to {repo} ({_why(e)}); push again, all is here') from None
 
-# %% ../nbs/26_deploy.ipynb #4e839193
+# %% ../nbs/26_deploy.ipynb #32ba319a
 def _find_saved(path:str|Path) -> Path: # the common stem of its files
     "A saved network, by its folder or by one of its files."
     p = Path(path)
@@ -235,12 +239,13 @@ def _find_saved(path:str|Path) -> Path: # the common stem of its files
     if len(found) == 1: return found[0]
     raise AderError(f'{p} must hold one saved network (.safetensors with .json), not {len(found)}')
 
+# %% ../nbs/26_deploy.ipynb #102d6bc8
 def _load_several(paths:str|None) -> dict[str,nn.Module]: # separated by commas; by name
     nets = [(Path(p).absolute(), load(_find_saved(p))) for p in (paths or '').split(',') if p]
     once = lambda p: [o.stem for o,_ in nets].count(p.stem) == 1
     return {p.stem if once(p) else f'{p.parent.name}-{p.stem}': net for p,net in nets}
 
-# %% ../nbs/26_deploy.ipynb #263ba0de
+# %% ../nbs/26_deploy.ipynb #08458577
 def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **kwargs):
     "`load_data` for a network with the metadata `m`, which says what is not said here."
     known = {'digits': 'digits', 'CIFAR-100': 'cifar100', 'CIFAR-10': 'cifar10'}
@@ -252,6 +257,7 @@ def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **
         size, channels = size or tuple(image[1:]), channels or image[0]
     return loader(data, size=size, channels=channels, **kwargs)
 
+# %% ../nbs/26_deploy.ipynb #23142ab7
 def _data_for(net:nn.Module, data:str|None=None, **kwargs): # -> fastai `DataLoaders`
     "The images that a network was made for, checked; `data`: a name or a folder."
     m, dls = net.metadata, _load_data(net.metadata, data, **kwargs)

@@ -70,6 +70,7 @@ def _bytes(o) -> bytes: # that tell it from others
     if isinstance(o, (list, tuple)): return b''.join(sha256(_bytes(v)).digest() for v in o)
     return repr(o).encode()
 
+# %% ../nbs/07_evaluation.ipynb #9a186fcd
 def _fingerprint(*parts) -> str: # 16 hexadecimal digits
     "Of tensors, networks, attacks and anything with a `repr`."
     return sha256(_bytes(parts)).hexdigest()[:16]
@@ -118,6 +119,7 @@ _COST = 'seconds', 'forward', 'backward'
 def _accuracy(ok:Tensor) -> tuple[float, float, float]: # accuracy, low, high
     return ok.float().mean().item(), *wilson(ok.sum(), len(ok))
 
+# %% ../nbs/07_evaluation.ipynb #db23110b
 def _tabulate(results:dict[str,tuple[Tensor,dict]]) -> pd.DataFrame: # a row an attack
     "Accuracies with 95% intervals and cost, from results of `robust_mask` by attack."
     if len(results) > 2:

@@ -326,6 +326,7 @@ def pending(runs:list, folder:str|Path, results:str|Path) -> list[Run]: # in ord
             needed |= {o.id for o in run.needs}
     return left[::-1]
 
+# %% ../nbs/28_reproduce.ipynb #56f1a03e
 def _line(r:Record) -> str:
     accuracies = '   '.join(f'{o["attack"]} {o["accuracy"]:.1%}' for o in r.robustness)
     return f'{r.run.name}: {accuracies}   ({sum(r.seconds.values()):.0f} s)'
@@ -569,7 +570,8 @@ def dry_run(runs:list, folder:str|Path, results:str|Path) -> pd.DataFrame: # a r
 def _cell(rows:list) -> str: # rows of one attack, one for each seed: percent
     if not rows: return '—'
     acc, one = pd.Series([100*o['accuracy'] for o in rows]), rows[0]
-    return f'{acc.mean():.2f} ± {50*(one["high"] - one["low"]) if len(acc) == 1 else acc.std():.2f}'
+    ci = 50*(one['high'] - one['low']) if len(acc) == 1 else acc.std()
+    return f'{acc.mean():.2f} ± {ci:.2f}'
 
 def _cells(records:list, attack:str) -> str: return _cell([r[attack] for r in records if r[attack]])
 
@@ -609,8 +611,8 @@ def overview(records, attacks:list|None=None) -> pd.DataFrame: # percent
 # %% ../nbs/28_reproduce.ipynb #725ee8fe
 def _provenance(records:list) -> str:
     every = lambda f: ', '.join(dict.fromkeys(str(f(r)) for r in records))
-    def commit(r):
-        return r.code.get('commit', r.code['version'])[:10] + ' (changed)'*r.code.get('dirty', False)
+    commit = lambda r: (r.code.get('commit', r.code['version'])[:10]
+                        + ' (changed)'*r.code.get('dirty', False))
     judged = dict.fromkeys((o['images'], o['attack']) for r in records for o in r.robustness)
     images = ', '.join(f'{n:,} for {"/".join(a for k,a in judged if k == n)}'
                        for n in dict.fromkeys(k for k,_ in judged))
@@ -624,7 +626,8 @@ def _provenance(records:list) -> str:
 
 # %% ../nbs/28_reproduce.ipynb #ac51a9d2
 _SCALED = dict(
-    paper="at the paper's scale", digits="on scikit-learn's digits, NOT the experiment of the paper",
+    paper="at the paper's scale",
+    digits="on scikit-learn's digits, NOT the experiment of the paper",
     laptop='at laptop scale: small networks, few epochs, NOT the experiment of the paper')
 
 # %% ../nbs/28_reproduce.ipynb #736d12bb
@@ -641,8 +644,8 @@ def table_markdown(
     title = f'{dict(table="Table", fig="Fig.")[table[:-1]]} {table[-1]} of the paper'
     lines = [f'**{title} ({TABLES[table]["title"]}), and beside it our runs {_SCALED[scale]}**',
              markdown_table(d.set_index(d.columns[0])),
-             f'{_provenance(list(found))} ± is the 95% CI of the test images where there is one seed,'
-             ' the standard deviation between seeds where there are several.' if found
+             f'{_provenance(list(found))} ± is the 95% CI of the test images where there is one '
+             'seed, the standard deviation between seeds where there are several.' if found
              else 'There are no records of our runs yet.']
     lines += [f"- About the paper's numbers: {o}" for o in _known(table)]
     lines += [f'- {o}' for o in doubts]

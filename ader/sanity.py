@@ -180,6 +180,7 @@ def by_class(report:Report) -> pd.DataFrame: # a row a class, a column an attack
     of = lambda ok: [ok[report.y == c].float().mean().item() for c in range(len(report.classes))]
     return pd.DataFrame({k: of(ok) for k,ok in report.masks.items()}, index=list(report.classes))
 
+# %% ../nbs/08_sanity.ipynb #fc0278c3
 def plot_by_class(report:Report, ax=None): # -> matplotlib axes
     "Accuracy of each class under each attack, as colours and percent."
     import matplotlib.pyplot as plt, seaborn as sns

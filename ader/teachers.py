@@ -164,6 +164,7 @@ def features(self:AttachedAttention, x:Tensor) -> tuple[Tensor, Tensor]: # (B, K
     if seen and isinstance(seen[-1], Tensor) and seen[-1].ndim == 4: return z, seen[-1]
     raise AderError(f'the layer {self.layer} gives no features (B, N, h, w)')
 
+# %% ../nbs/24_teachers.ipynb #7daf9791
 @patch
 def forward(self:AttachedAttention, x:Tensor, attend:bool=False) -> Tensor|AttentionOutput:
     if not attend: return self.net(x)

@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from torch.nn import functional as F
 from ader.networks import small_resnet
-from ader.attacks import FGSM, PGD, Threat
+from ader.attacks import FGSM, PGD, Threat, _length
 
 THREATS = Threat(0.1), Threat(0.5, 'L2')
 STEPS = 20
