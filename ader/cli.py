@@ -298,6 +298,7 @@ def ader_evaluate(
     _check(images=images, queries=queries, seed=seed)
     threat = Threat(norm=norm) if eps is None else Threat(eps, norm)
     nets, others = _load_several(networks), _load_several(transfer)
+    if not nets: raise AderError('name at least one saved network')
     out, tables, loader = check_folder(out), {}, lru_cache(1)(load_data)
     for name,net in nets.items():
         dls, t = _data_for(net, data, loader=loader), threat

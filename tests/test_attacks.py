@@ -354,7 +354,7 @@ def test_square_follows_its_seed_and_its_queries(trained):
     b = few(net, x, y)
     torch.manual_seed(3); assert torch.equal(few(net, x, y), a) and not torch.equal(a, b)
 
-@pytest.mark.parametrize('k,threat', [(2, Threat(0.06)), (3, Threat(0.02)), (4, Threat(0.02)), (6, Threat(0.15, 'L2'))])
+@pytest.mark.parametrize('k,threat', [(2, Threat(0.06)), (3, Threat(0.02))])
 def test_autoattack_of_few_classes(k, threat):
     "Networks of few classes are attacked with what is defined for them, and it finds what PGD finds."
     torch.manual_seed(k)
