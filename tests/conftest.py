@@ -7,7 +7,7 @@ from ader.attention import add_attention
 from ader.data import Images, dataloaders, digits
 from ader.networks import small_resnet
 
-settings.register_profile('ader', deadline=None, max_examples=25, derandomize=True, database=None,
+settings.register_profile('ader', deadline=None, max_examples=12, derandomize=True, database=None,
                           phases=[Phase.explicit, Phase.generate, Phase.shrink],
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile('ader')

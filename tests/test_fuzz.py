@@ -40,14 +40,14 @@ some = attention.AttentionOutput(torch.zeros(1, 2), torch.ones(1, 1, 2, 2), None
 KINDS = dict(n=numbers, w=words, t=some_threat, s=st.one_of(st.integers(-2, 5), st.sampled_from([0.5, 2**40, float('nan')])), m=st.floats(-1, 0.3))
 
 @pytest.mark.parametrize('name', CONSTRUCTORS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(d=st.data())
 def test_constructors(name, d):
     f, kinds = CONSTRUCTORS[name]
     fits(f, *[d.draw(KINDS[k]) for k in kinds])
 
 @pytest.mark.parametrize('name', methods.methods)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(d=st.data())
 def test_methods(name, d):
     known = methods.settings_of(methods.methods[name])
@@ -83,7 +83,7 @@ def call(cli, argv):
     return code, out.getvalue(), err.getvalue()
 
 @pytest.mark.parametrize('name', OPTIONS)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(d=st.data())
 def test_command_lines(name, doors, d):
     "Past the door, or exit code 2 and a line that begins with the command's name; in the folder nothing was left."
@@ -122,7 +122,7 @@ def put(o, path, value):
 
 evil = st.one_of(whatever, st.sampled_from([10**9, 10**20, [10**9]*2, 'add_attention', 'input_adapter', 'robustbench', '__import__', dict(arch='small_resnet', width=10**5), dict(arch='wide_resnet', depth=994, widen=1000)]))
 
-@settings(max_examples=100)
+@settings(max_examples=25)
 @given(d=st.data())
 def test_descriptions(saved, tmp_path, d):
     "Something else at any place of the JSON file."
@@ -132,7 +132,7 @@ def test_descriptions(saved, tmp_path, d):
     net = fits(checkpoints.load, tmp_path/'t')
     if net is not None: assert isinstance(net.metadata, dict) and isinstance(fits(net, torch.rand(1,1,8,8)), (torch.Tensor, type(None)))
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(at=st.integers(0, 10**6), new=st.binary(max_size=4), cut=st.integers(0, 4000))
 def test_weights(saved, tmp_path, at, new, cut):
     "Other bytes anywhere, with a checksum that fits them."

@@ -104,8 +104,7 @@ def served(built):
     yield f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
 
-@pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('size,scheme', [('desktop', 'light'), ('phone', 'dark')])
 def test_every_page_in_a_browser(served, built, browser, size, scheme):
     w, h = SIZES[size]
     context = browser.new_context(viewport=dict(width=w, height=h), color_scheme=scheme)
