@@ -25,7 +25,8 @@ def test_its_name_and_what_it_asks_for(wheel):
     with zipfile.ZipFile(wheel) as z:
         info = next(o for o in z.namelist() if o.endswith('/METADATA'))
         about = message_from_string(z.read(info).decode())
-        data = {'templates/classify.txt', 'templates/model_card.md', 'paper_tables.csv'}
+        data = {f'templates/{o}' for o in ('classify.txt', 'model_card.md', 'page.html')}
+        data |= {'paper_tables.csv', 'paper_notes.json'}
         assert {f'ader/{o}' for o in data} <= set(z.namelist())
     assert about['Name'] == 'ader-distill'
     extras = {'robustbench', 'onnx', 'hub', 'accelerate', 'ray', 'dev'}
