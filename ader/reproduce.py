@@ -41,15 +41,15 @@ from fastcore.basics import patch
 _FOUR = 'FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf'
 
 def one_cycle(epochs:int, lr:float, bs:int|None=None, optimizer:str='adam', wd:float|None=None,
-              **ema) -> dict: # `ema=0.99` adds `WeightEMA(0.99)`
+              **more) -> dict: # `ema=0.99`, `monitor='pgd-10'`: add a `WeightEMA`
     "fastai's one-cycle schedule; `lr` is its peak, `bs` None the usual batch size of the data."
-    return dict(kind='one_cycle', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd, **ema)
+    return dict(kind='one_cycle', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd, **more)
 
 def step_schedule(epochs:int, lr:float, drops:list, factor:float=0.1, bs:int=128,
-                  optimizer:str='sgd', wd:float=2e-4, **ema) -> dict:
+                  optimizer:str='sgd', wd:float=2e-4, **more) -> dict:
     "A learning rate that is multiplied by `factor` after each of the epochs `drops`."
     return dict(kind='steps', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd,
-                drops=list(drops), factor=factor, **ema)
+                drops=list(drops), factor=factor, **more)
 
 # %% ../nbs/28_reproduce.ipynb #3d6dbd1a
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _fit(s:dict) -> dict: # arguments of `train` for a schedule
         learn.fit(n, lr, cbs=ParamScheduler(dict(lr=at)))
     fit = steps if s['kind'] == 'steps' else Learner.fit_one_cycle
     wd = {} if s['wd'] is None else dict(wd=s['wd'])
-    cbs = [WeightEMA(s['ema'])] if 'ema' in s else []
+    cbs = [WeightEMA(s['ema'], s.get('monitor'))] if 'ema' in s else []
     return dict(fit=fit, opt_func=opts[s['optimizer']], cbs=cbs, **wd)
 
 # %% ../nbs/28_reproduce.ipynb #62ef0f3a

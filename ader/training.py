@@ -9,6 +9,7 @@ __all__ = ['Method', 'Accuracy', 'Natural', 'SAT', 'WeightEMA', 'PrintEpochs']
 import time, torch
 from collections import defaultdict
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -373,9 +374,12 @@ class SAT(Method):
 class WeightEMA(Callback):
     "Validates, and leaves after the fit, an exponential moving average of the weights."
     order, run_valid = 45, False # after `Method`
-    def __init__(self, decay:float=0.99): # fraction of the average that a step keeps
+    def __init__(self,
+        decay:float=0.99, # fraction of the average that a step keeps
+        monitor:str|None=None # leave the average of the epoch in which this metric was largest
+    ):
         if not 0 <= decay < 1: raise AderError(f'decay must be at least 0 and below 1, got {decay}')
-        self.decay, self.mean = decay, None
+        self.decay, self.monitor, self.mean = decay, monitor, None
 
     def average(self, mean, now, n): # the first steps count less: the weights were still far away
         return mean + (1 - ((1 + n)/(10 + n)).clamp(max=self.decay))*(now - mean)
@@ -384,16 +388,33 @@ class WeightEMA(Callback):
         if self.learn.lock.locked(): return # prediction or validation
         self.trained = unwrap(self.learn.model)
         self.mean = AveragedModel(self.trained, avg_fn=self.average, use_buffers=True).eval()
+        self.best = self.record = self.weights = None
     def after_batch(self): self.mean.update_parameters(self.trained)
     def before_validate(self):
         if not self.learn.lock.locked():
             self._learning, self.learn.model = self.learn.model, self.mean.module
     def after_validate(self):
         if not self.learn.lock.locked(): self.learn.model = self._learning
+    def after_epoch(self):
+        if not self.monitor: return
+        names, record = self.recorder.metric_names[1:-1], list(self.recorder.log[1:])
+        if self.monitor not in names:
+            raise AderError(f'WeightEMA can monitor {", ".join(names)}, not {self.monitor!r}')
+        now = record[names.index(self.monitor)]
+        if self.best is not None and not now > self.best: return
+        self.best, self.record = now, record
+        self.weights = deepcopy(self.mean.module.state_dict())
+
     def after_fit(self):
-        if not self.learn.lock.locked(): self.trained.load_state_dict(self.mean.module.state_dict())
-    def state_dict(self): return dict(mean=self.mean.state_dict())
-    def load_state_dict(self, d): self.mean.load_state_dict(d['mean'])
+        if self.learn.lock.locked(): return
+        self.trained.load_state_dict(self.weights or self.mean.module.state_dict())
+        if self.record: self.learn.final_record = L(self.record)
+
+    def state_dict(self):
+        return dict(mean=self.mean.state_dict(), best=(self.best, self.record, self.weights))
+    def load_state_dict(self, d):
+        self.mean.load_state_dict(d['mean'])
+        self.best, self.record, self.weights = d['best']
 
 # %% ../nbs/05_training.ipynb #0fa2dc30
 class PrintEpochs(Callback):
