@@ -215,6 +215,8 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     target, tty = check_folder(out or kind)/kind, sys.stdout.isatty()
     if fresh: Resume(target).clear()
     elif _finished(config, target): return
+    asked = re.search(r'\bin_channels=(\d+)', text)
+    if asked and channels is None and Path(data or '').is_dir(): channels = int(asked[1])
     dls = _load_data(metadata, data, size, channels, bs=bs, seed=seed)
     with _threads(dls):
         seed_everything(seed)
@@ -285,6 +287,8 @@ ader_distill_cli = command(ader_distill, all_ranks=True)
 def ader_evaluate(
     networks:str, # saved networks, separated by commas: folders, .safetensors or .json files
     data:str=None, # digits, cifar10, cifar100, or a folder of images; default: that of the training
+    size:int=None, # height and width of the images of a folder; default: as the network needs
+    channels:int=None, # of the images of a folder: 3, or 1 for grey; default: as the network needs
     norm:str='Linf', # of the attacks: Linf or L2
     eps:str=None, # in units of pixels in [0, 1]; default: L2 0.5, L∞ 0.2 for digits, else 8/255
     images:int=1000, # test images; 0: all
@@ -301,7 +305,7 @@ def ader_evaluate(
     if not nets: raise AderError('name at least one saved network')
     out, tables, loader = check_folder(out), {}, lru_cache(1)(load_data)
     for name,net in nets.items():
-        dls, t = _data_for(net, data, loader=loader), threat
+        dls, t = _data_for(net, data, size=size, channels=channels, loader=loader), threat
         if eps is None: t = Threat(0.5 if t.norm == 'L2' else dls.test.dataset.eps, norm)
         attacks = paper_attacks(t) + ([AutoAttack(t)] if autoattack else [])
         black = [Transfer(o, a, f'{a!r} from {k}') for k,o in others.items()

@@ -8,19 +8,20 @@ __all__ = ['wilson', 'robust_mask', 'evaluate', 'plot_robustness', 'accuracy_cur
            'check_teacher']
 
 # %% ../nbs/07_evaluation.ipynb #29dc5dac
-import copy, dataclasses, json, time, torch
+import dataclasses, json, time, torch
 import pandas as pd
 from hashlib import sha256
 from pathlib import Path
 from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest
+from torch.utils.data import DataLoader
 from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, ce, count_passes, frozen,
-                          paper_attacks, _num_classes)
+                          paper_attacks, check_output)
 from .attention import adapt_input, forward_with_attention, show_attention
 from .checkpoints import atomic_write
-from .data import AderError, check_images, check_labels
-from .speed import FrozenCopy
+from .data import AderError, as_float, check_images, check_labels, data_facts
+from .speed import FrozenCopy, _float32
 
 # %% ../nbs/07_evaluation.ipynb #a3bb6beb
 def wilson(correct:int, n:int) -> tuple[float, float]: # both ends, as fractions
@@ -29,24 +30,31 @@ def wilson(correct:int, n:int) -> tuple[float, float]: # both ends, as fractions
     return float(ci.low), float(ci.high)
 
 # %% ../nbs/07_evaluation.ipynb #1c259d6d
-def _first_batches(dl, images:int|None, device) -> list[tuple[Tensor, Tensor]]:
-    "Batches of the first `images` images of a loader, float32 on the device."
+def _batches(data): # -> iterable of (x, y, …)
+    "Of a loader, a data set, a list of batches, or a pair of all images and labels."
+    pair = isinstance(data, (list, tuple)) and len(data) == 2 and hasattr(data[0], 'ndim')
+    if pair:
+        x, y = map(torch.as_tensor, data)
+        check_labels(y, x, y.max() + 1)
+        return zip(x.split(256), y.split(256))
+    if hasattr(data, '__iter__'): return data
+    if not isinstance(data[0][0], Tensor):
+        raise AderError(f"the images of {type(data).__name__} must be tensors; give it torchvision's"
+                        ' ToTensor() as transform')
+    return DataLoader(data, 256)
+
+def _first_batches(data, images:int|None, device) -> list[tuple[Tensor, Tensor]]:
+    "Batches of the first `images` images of `data`, float32 on the device."
     out, few = [], images is not None
     if few and images < 1: raise AderError(f'at least 1 image is needed, got {images}')
-    for x,y,*_ in dl:
+    for x,y,*_ in _batches(data):
         x, y = (o[:images].as_subclass(Tensor) for o in (x, y))
         check_images(x)
-        out.append((x.to(device).float(), y.to(device)))
+        out.append((as_float(x).to(device).float(), y.to(device)))
         if few: images -= len(x)
         if images == 0: break
     if not out: raise AderError('there are no images to evaluate on')
     return out
-
-# %% ../nbs/07_evaluation.ipynb #2dbcf996
-def _float32(model:nn.Module) -> nn.Module:
-    "The model itself, or a copy in float32 if it is in anything else."
-    low = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
-    return copy.deepcopy(model).float() if low else model
 
 # %% ../nbs/07_evaluation.ipynb #986bd504
 def _still_correct(model, search, attack, x, y, ok, rng, bs) -> Tensor: # (B,) bool
@@ -55,6 +63,8 @@ def _still_correct(model, search, attack, x, y, ok, rng, bs) -> Tensor: # (B,) b
     z, y = x[ok], y[ok]
     if hasattr(attack, 'until_fooled'): z = attack.until_fooled(search, z, y, rng, bs)
     elif attack is not None: z = attack(search, z, y, rng)
+    if attack is not None:
+        getattr(attack, 'threat', Threat(1)).check(z, x[ok], attack)
     with frozen(model), torch.no_grad():
         correct = [model(a).argmax(1) == b for a,b in zip(z.split(bs), y.split(bs))]
     return ok.masked_scatter(ok, torch.cat(correct))
@@ -136,8 +146,6 @@ def _attack_all(model, batches, attacks, seed=0, folder=None, progress=True, sea
     names = ['clean', *map(repr, attacks), 'worst case']
     if len({*names}) < len(names):
         raise AderError(f'each attack needs a name of its own, got {", ".join(names[1:-1])}')
-    with frozen(model), torch.no_grad(): k = _num_classes(model, batches[0][0])
-    for x,y in batches: check_labels(y, x, k)
     file = lambda a: Path(folder)/f'{_fingerprint(a)}.progress.json' if folder else None
     steps = range(-(-sum(len(y) for _,y in batches)//_CHUNK)*(len(attacks) + 1))
     bar = iter(progress_bar(steps, leave=False) if progress else steps)
@@ -149,21 +157,22 @@ def _attack_all(model, batches, attacks, seed=0, folder=None, progress=True, sea
     return results
 
 # %% ../nbs/07_evaluation.ipynb #a6756373
-def _threat_of(dl) -> Threat: # Linf with the customary ε of its data
-    return Threat(getattr(getattr(dl, 'dataset', None), 'eps', None))
+def _threat_of(data) -> Threat: return Threat(data_facts(data)[2]) # Linf, customary ε
 
 def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None, progress=True,
          precision='float32', compile=False):
     "The network in float32, its copy for the search, the batches, and the results by attack."
     batches, net = _first_batches(dl, images, next(model.parameters()).device), _float32(model)
     if attacks is None: attacks = paper_attacks(threat or _threat_of(dl))
+    with frozen(net): k = check_output(net, batches[0][0], data_facts(dl)[1])
+    for x,y in batches: check_labels(y, x, k)
     search = FrozenCopy(net, batches[0][0], precision, compile)
     return net, search, batches, _attack_all(net, batches, attacks, seed, folder, progress, search)
 
 # %% ../nbs/07_evaluation.ipynb #96a31c81
 def evaluate(
     model:nn.Module, # images in [0, 1] -> logits; left as it was
-    dl, # batches (x, y), for example `dls.test`
+    dl, # a loader like `dls.test`, a data set of torchvision, or a pair (images, labels)
     attacks:list|None=None, # default: the paper's four, within `threat`
     threat:Threat|None=None, # default: Linf with the customary ε of the data
     images:int|None=None, # only the first so many; default: all
@@ -256,7 +265,7 @@ def show_attacked(
     x_adv = (attack or PGD_sat(_threat_of(dl)))(model, x, y, rng)
     with frozen(model), torch.no_grad():
         out, out_adv = (forward_with_attention(model, o) for o in (x, x_adv))
-    classes = getattr(getattr(dl, 'dataset', None), 'classes', None) or range(out.logits.shape[1])
+    classes = data_facts(dl)[1] or range(out.logits.shape[1])
     titles = lambda o: [(classes[k], 'C0' if k == t else 'C3')
                         for k,t in zip(o.logits.argmax(1).tolist(), y.tolist())]
     d, style = x_adv - x, lambda cmap: dict(cmap=cmap, vmin=0, vmax=1)
@@ -387,12 +396,13 @@ def check_teacher(
     y, device = torch.cat([y for _,y in batches]), next(teacher.parameters()).device
     net = adapt_input(teacher, tuple(batches[0][0].shape[1:])).to(device)
     attacks = [FGSM(threat), PGD_sat(threat), PGD_trades(threat)]
-    d = evaluate(net, batches, attacks, seed=seed, progress=progress).iloc[:4] # no worst case
+    d = evaluate(net, dl, attacks, images=images, seed=seed, progress=progress)
+    d = d.iloc[:4] # no worst case
     found, name = _judge_teacher(d, y.bincount().max().item()/len(y)), dict(robust='adversarial')
     summary = '\n'.join(f'As the {name.get(k, k)} teacher: {"yes" if ok else "NO"}. {why}.'
                         for k,(ok,why) in found.items())
     roles = [k for k,(ok,_) in found.items() if ok]
-    about = dict(data=getattr(getattr(dl, 'dataset', None), 'name', None), images=len(y), seed=seed,
+    about = dict(data=data_facts(dl)[0], images=len(y), seed=seed,
                  threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary)
     teacher.metadata = getattr(teacher, 'metadata', {})
     teacher.metadata['verified'] = about | {a: round(o, 6) for a,o in zip(d.attack, d.accuracy)}

@@ -61,23 +61,23 @@ class TRADES(Method):
         return self.attack_student(x, z)
 
     def loss(self, x, x_adv, y):
-        f = lambda z, z_adv: F.cross_entropy(z, y) + self.beta*soft_kl(z_adv, z)
+        f = lambda z, z_adv: self.label_loss(z, y) + self.beta*soft_kl(z_adv, z)
         return self.both_heads(f, self.student(x), self.student(x_adv))
 
 # %% ../nbs/06_methods.ipynb #27234459
 class Distilled(Method):
     "Base of methods that match soft labels."
     def __init__(self,
-        reduction:str='batchmean', # divergences averaged over the batch, or 'mean': classes as well
+        reduction:str|float='batchmean', # 'mean': averaged over the classes, too; or their divisor
         **kwargs # see `Method`
     ):
         super().__init__(**kwargs)
-        if reduction not in ('batchmean', 'mean'):
-            raise AderError(f"reduction must be 'batchmean' or 'mean', got {reduction!r}")
+        if not (reduction in ('batchmean', 'mean') or isinstance(reduction, (int, float))):
+            raise AderError(f"reduction must be 'batchmean', 'mean' or a number, got {reduction!r}")
         self.reduction = reduction
 
     def kl(self, student, teacher, temperature=1.): # (B, K) logits each -> scalar
-        n = student.shape[1] if self.reduction == 'mean' else 1
+        n = dict(batchmean=1, mean=student.shape[1]).get(self.reduction, self.reduction)
         return soft_kl(student, teacher, temperature) / n
 
 # %% ../nbs/06_methods.ipynb #6697b391
@@ -96,7 +96,7 @@ class ARD(Distilled):
 
     def loss(self, x, x_adv, y):
         t, a = self.teacher('robust', x).logits, self.alpha
-        f = lambda z, z_adv: (1-a)*F.cross_entropy(z, y) + a*self.kl(z_adv, t, self.temperature)
+        f = lambda z, z_adv: self.label_loss(z, y, 1-a) + a*self.kl(z_adv, t, self.temperature)
         return self.both_heads(f, self.student(x), self.student(x_adv))
 
 # %% ../nbs/06_methods.ipynb #f55427e8
@@ -307,7 +307,7 @@ class IAD(Method):
         def f(z, z_adv):
             weight = 1 if self.full_teacher_term else c
             soft = tau**2*kl(z_adv/tau, t/tau)*weight + kl(z_adv, z)*(1-c)
-            return (1-self.alpha)*F.cross_entropy(z, y) + self.alpha*soft.mean()
+            return self.label_loss(z, y, 1-self.alpha) + self.alpha*soft.mean()
         return self.both_heads(f, self.student(x), self.student(x_adv))
 
 # %% ../nbs/06_methods.ipynb #e877670b

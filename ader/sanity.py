@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from torch import Tensor, nn
 from types import SimpleNamespace
 from .attacks import FGSM, PGD, CW_inf, Threat, ce, frozen, paper_attacks
+from .data import data_facts
 from .evaluation import (evaluate, plot_robustness, robust_mask, _fingerprint, _run, _tabulate,
                              _threat_of)
 
@@ -164,13 +165,13 @@ def robustness_report(
     (x, y), found = map(torch.cat, zip(*batches)), []
     some = results['clean'][0].nonzero().flatten()[:checks].to(y.device)
     if len(some): found = sanity_checks(net, x[some], y[some], threat, black_box, seed, search)
-    ds = getattr(dl, 'dataset', None)
+    name, classes, _ = data_facts(dl)
     settings = dict(
-        data=getattr(ds, 'name', 'batches'), threat=f'{threat.norm}, ε = {threat.eps:g}',
+        data=name, threat=f'{threat.norm}, ε = {threat.eps:g}',
         images=len(y), seed=seed, attacks=', '.join(map(repr, attacks)),
         precision=str(search.dtype).removeprefix('torch.'), weights=_fingerprint(net),
         seconds=round(time.perf_counter() - start, 1))
-    classes = list(getattr(ds, 'classes', range(int(y.max())+1)))
+    classes = classes or list(range(int(y.max())+1))
     masks = {k: ok for k,(ok,_) in results.items()}
     return Report(_tabulate(results), found, masks, y.cpu(), classes, settings)
 

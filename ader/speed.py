@@ -47,6 +47,12 @@ def _in_float32(out:Tensor|AttentionOutput): # the same, bfloat16 as float32
     if isinstance(out, AttentionOutput): return AttentionOutput(*map(_in_float32, out))
     return out.float() if isinstance(out, Tensor) and out.dtype == torch.bfloat16 else out
 
+# %% ../nbs/22_speed.ipynb #4f9605d8
+def _float32(model:nn.Module) -> nn.Module:
+    "The model itself, or a copy in float32 if it is in anything else."
+    low = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+    return copy.deepcopy(model).float() if low else model
+
 # %% ../nbs/22_speed.ipynb #54072dae
 @torch.no_grad()
 def _conv_bn_pairs(net:nn.Module, x:Tensor) -> list[tuple[str,str]]: # names of both, each used once
@@ -70,6 +76,10 @@ def _conv_bn_pairs(net:nn.Module, x:Tensor) -> list[tuple[str,str]]: # names of 
 def unwrap(net:nn.Module) -> nn.Module:
     "The network inside the wrapper of parallel training."
     return net.module if isinstance(net, (DataParallel, DistributedDataParallel)) else net
+
+# %% ../nbs/22_speed.ipynb #387c5ef9
+def _computes_weights(m:nn.Module) -> bool: # by spectral or weight norm, pruning, a hook
+    return hasattr(m, 'parametrizations') or bool(m._forward_pre_hooks)
 
 # %% ../nbs/22_speed.ipynb #9f3c4622
 class FrozenCopy(nn.Module):
@@ -99,20 +109,32 @@ def _rewrite(self:FrozenCopy, x:Tensor):
     "Copy the network and fold the copy."
     source = self.source[0]
     fresh = lambda: copy.deepcopy(source).eval().requires_grad_(False)
-    try: self.net = fresh()
-    except Exception: # it holds something that can't be copied
-        self.net, self.pairs, self.dtype = source, [], dtype_of('float32', source)
+    try:
+        if any(map(_computes_weights, source.modules())): raise TypeError('weights are computed')
+        self.net = fresh()
+    except Exception: # it can't be copied, or its weights are more than numbers
+        self.net, self.pairs, self._own = source, [], []
+        self.dtype = dtype_of('float32', source)
         return
-    want, self.pairs = self.net(x), _conv_bn_pairs(self.net, x)
+    self.source[0] = trained = fresh() # folding is tried with the statistics of a trained network
+    for m in trained.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+            some = torch.linspace(0.5, 2, m.num_features, device=x.device)
+            m.running_var.mul_(some)
+            m.running_mean.add_(some.flip(0) - 1)
+    want, self.pairs = trained(x), _conv_bn_pairs(self.net, x)
     for conv,bn in self.pairs:
         c = self.net.get_submodule(conv)
         if c.bias is None: c.bias = nn.Parameter(c.weight.new_zeros(c.out_channels), False)
         self.net.set_submodule(bn, nn.Identity().eval())
     for m in self.net.modules():
         if x.device.type == 'cpu' and _is_strided_depthwise(m): m.__class__ = _StridedDepthwise
+    self._own = [(a, b) for a,b in zip(source.modules(), self.net.modules())
+                 if not type(a).__module__.startswith(('torch.nn.', 'ader.'))]
     self.refresh()
     close = dict(rtol=1e-3, atol=1e-3*want.abs().max().nan_to_num().item())
     if not torch.allclose(self.net(x), want, **close): self.net, self.pairs = fresh(), []
+    self.source[0] = source
     self.net.to(memory_format=torch.channels_last)
     for m in self.net.modules():
         if self.dtype == torch.bfloat16 and isinstance(m, (nn.Conv2d, nn.Linear)): m.to(self.dtype)
@@ -132,6 +154,9 @@ def refresh(self:FrozenCopy) -> FrozenCopy:
                                        b.weight, b.bias)
         new[f'{conv}.weight'].copy_(w)
         new[f'{conv}.bias'].copy_(bias)
+    for a,b in self._own: # numbers and the like that a module of somebody else's keeps
+        vars(b).update({k: v for k,v in vars(a).items()
+                        if isinstance(v, (int, float, str)) and k != 'training'})
     return self
 
 # %% ../nbs/22_speed.ipynb #0b2d3f78

@@ -13,16 +13,17 @@ from functools import partial
 from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .attacks import Threat, frozen
+from .attacks import Threat, check_output, frozen
 from .attention import (AttentionBlock, AttentionNet, AttentionOutput, adapt_input,
                             add_attention, apply_attention, has_attention)
 from .checkpoints import Resume, checksum, seed_everything, versions
-from .data import AderError, rank_and_world
+from .data import AderError, data_facts, rank_and_world
 from .methods import TRADES
 from .networks import Net, _init_weights, archs, build, load_published
 from .training import SAT, Method, Natural
 from fastai.callback.schedule import *
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastcore.all import L, delegates, patch
 
 # %% ../nbs/24_teachers.ipynb #67ebd72f
@@ -35,7 +36,7 @@ def run_config(method:Method, net:nn.Module, dls, **more) -> dict: # of what JSO
     return dict(net=getattr(net, 'config', type(net).__name__), method=type(method).__name__,
                 settings={k: v for k,v in own.items() if k not in skip}, teachers=sums,
                 weight=repr(vars(method).get('weight')), threat=t and [t.eps, t.norm],
-                data=dl.dataset.name, images=len(dl.dataset), bs=getattr(dl, 'bs', None),
+                data=data_facts(dl)[0], images=len(dl.dataset), bs=getattr(dl, 'bs', None),
                 augment=repr(getattr(dl, 'augment', None)), order=getattr(dl, 'seed', None), **more)
 
 # %% ../nbs/24_teachers.ipynb #ea922674
@@ -61,17 +62,15 @@ def train(
     if not lr > 0: raise AderError(f'the learning rate must be above 0, got {lr}')
     seed_everything(seed)
     keep = [Resume(resume, config=run_config(method, net, dls, lr=lr, seed=seed))] if resume else []
+    kwargs = dict(loss_func=getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())) | kwargs
     learn = Learner(dls, net, cbs=[method, *L(cbs), *keep], **kwargs)
     contexts = [] if progress else [learn.no_bar(), learn.no_logging()]
     if rank_and_world()[1] > 1 and method.supports_distributed: contexts.insert(0, _together(learn))
     with ExitStack() as stack:
         for c in contexts: stack.enter_context(c)
         fit(learn, epochs, lr)
-    t, ds = method.attack.threat, dls.train.dataset
     scores = zip(learn.recorder.metric_names[3:-1], map(float, learn.final_record[2:]))
-    net.eval().metadata = dict(
-        method=type(method).__name__, data=ds.name, classes=ds.classes,
-        image=list(next(iter(dls.valid))[0].shape[1:]), threat=dict(eps=t.eps, norm=t.norm),
+    net.eval().metadata |= dict(
         epochs=epochs, lr=lr, seed=seed, versions=versions(), valid=dict(scores))
     return learn
 
@@ -238,6 +237,7 @@ def attach_attention(
         raise AderError(f"attention must be 'activation' or 'branch', got {attention!r}")
     x, _ = next(iter(dls.valid))
     net = adapt_input(net.to(x.device), tuple(x.shape[1:])).to(x.device)
+    with frozen(net): check_output(net, x, data_facts(dls)[1])
     seed_everything(seed)
     out = AttachedAttention(net, find_layer(net, x) if layer is None else layer)
     with torch.no_grad(): z, g = out.features(x[:1])

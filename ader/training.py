@@ -14,11 +14,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from .attacks import PGD, Threat, frozen, _check_float, _num_classes, _rank_slice
+from .attacks import PGD, Threat, check_output, frozen, _check_float, _rank_slice
 from .attention import AttentionOutput, adapt_input, forward_with_attention, has_attention
-from .data import (AderError, all_reduce_mean, all_reduce_sum, check_labels, is_distributed,
+from .data import (AderError, all_reduce_mean, all_reduce_sum, check_labels, data_facts,
+                        is_distributed,
                        rank_and_world, _import_fastai)
-from .speed import FrozenCopy, dtype_of, run_in, unwrap, _in_float32
+from .speed import FrozenCopy, dtype_of, run_in, unwrap, _float32, _in_float32
 _import_fastai()
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
@@ -109,6 +110,25 @@ def both_heads(self:Method, f, *outs:AttentionOutput) -> Tensor:
     if not self.branch_weight or any(o is None for o in branches): return loss
     return loss + self.branch_weight*f(*branches)
 
+# %% ../nbs/05_training.ipynb #b1e027c3
+@patch(as_prop=True)
+def plain_loss(self:Method): # the learner's loss function, by default cross-entropy
+    loss = getattr(self.learn, 'loss_func', None)
+    return getattr(loss, 'plain', loss) or F.cross_entropy
+
+@patch
+def label_loss(self:Method, logits:Tensor, y:Tensor, weight:float=1.) -> Tensor: # scalar
+    "`weight` times the learner's loss function of (B, K) logits and (B,) labels."
+    if not weight: return logits.new_zeros(())
+    self._labels_used = True
+    f = F.cross_entropy if _is_plain_ce(self.plain_loss) else self.plain_loss
+    return weight*f(logits, y)
+
+def _is_plain_ce(f) -> bool: # cross-entropy without class weights and label smoothing
+    f = getattr(f, 'func', f) # inside fastai's `CrossEntropyLossFlat`
+    return f is F.cross_entropy or isinstance(f, nn.CrossEntropyLoss) and (
+        f.weight is None and not f.label_smoothing)
+
 # %% ../nbs/05_training.ipynb #37e5867f
 @patch
 def log(self:Method, **terms:Tensor):
@@ -138,7 +158,7 @@ class Accuracy(Metric):
     @property
     def name(self): return self._name
     @property
-    def value(self): return self.right/self.n
+    def value(self): return self.right/max(self.n, 1)
     def reset(self):
         self.right = self.n = 0
         self.copy = None
@@ -170,7 +190,8 @@ def _check_teacher(role:str, teacher:nn.Module, x:Tensor, classes:int, names) ->
         raise AderError(f'the {role} teacher must be a network, got {type(teacher).__name__}')
     shape = tuple(x.shape[1:])
     teacher = adapt_input(teacher, shape).to(x.device).eval()
-    try: k = _num_classes(teacher, x)
+    if next(teacher.parameters(), x).dtype == torch.float16: teacher = _float32(teacher)
+    try: k = check_output(teacher, x)
     except (AderError, RuntimeError) as e:
         raise AderError(f'the {role} teacher does not accept images of shape {shape} ({e}); '
                         'for other sizes see ader.attention.InputAdapter') from None
@@ -202,11 +223,12 @@ def before_fit(self:Method):
     self._put_back()
     others = [c for c in self.learn.cbs if isinstance(c, (Method, MixHandler)) and c is not self]
     if others: raise AderError(f'{type(self).__name__} and {others[0]} both own the loss; use one')
-    ds, self._new = self.dls.train.dataset, True
-    threat, names = self.threat or Threat(getattr(ds, 'eps', None)), getattr(ds, 'classes', None)
+    (_, names, eps), self._new = data_facts(self.dls.train), True
+    threat = self.threat or Threat(eps)
     x, y = (o.to(next(self.net.parameters()).device) for o in next(iter(self.dls.valid))[:2])
-    with frozen(self.net): PGD(threat).check_inputs(self.net, x, y)
-    self._classes = _num_classes(self.net.eval(), x)
+    with frozen(self.net):
+        x, y = PGD(threat).check_inputs(self.net, x, y)
+        self._classes = check_output(self.net, x, names)
     for role,t in self.teachers.items():
         self.teachers[role] = _check_teacher(role, t, x, self._classes, names)
     self.attack, self._dtype = self.training_attack(threat), dtype_of(self.precision, self.net)
@@ -237,7 +259,7 @@ def before_train(self:Method):
 def reset(self:Method):
     "Forget what was logged, and the state of `weight`: a fit begins."
     self.terms.clear()
-    self._first_loss = None
+    self._first_loss, self._labels_used = None, False
     if hasattr(vars(self).get('weight'), 'reset'): self.weight.reset()
     self._new = False
 
@@ -251,6 +273,8 @@ def before_batch(self:Method):
         check_labels(y, x, self._classes)
     self._copies['student'].refresh()
     with _whole_batch(self.dl): x_adv = self.adversary(x, y)
+    if self.iter == 0 and x_adv is not None:
+        _check_float(x_adv, self.attack.threat.lo - 1e-6, self.attack.threat.hi + 1e-6)
     self._batch = x, x_adv, y
     if self.first_input is None: return
     self.learn.xb = dict(x=x, x_adv=x_adv)[self.first_input],
@@ -298,6 +322,9 @@ def _loss(self:Method) -> Tensor:
     x, x_adv, y = self._batch
     self.learn.xb, self._batch = (x,), None
     loss = self.loss(x, x_adv, y)
+    if not (self._labels_used or _is_plain_ce(self.plain_loss)):
+        raise AderError(f'the loss function {self.plain_loss} is for labels, and the loss of '
+                        f'{type(self).__name__} has no term for them; leave it away')
     if self._first:
         raise AderError(f"the loss of {type(self).__name__} doesn't use the student's first pass;"
                         " set `first_input` to 'x' or 'x_adv', what it uses first")
@@ -322,7 +349,17 @@ def after_fit(self:Method):
     self._copies, self._batch = {}, None
     self._asked.clear()
     self.net.to(memory_format=torch.contiguous_format) # another layout adds in another order
+    if not hasattr(self.learn, 'lr_finder'): self._note()
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._own)
+
+# %% ../nbs/05_training.ipynb #ed3cb3a1
+@patch
+def _note(self:Method):
+    "Note on the network how it was trained, and on what."
+    (name, classes, _), t = data_facts(self.dls.train), self.attack.threat
+    image = list(next(iter(self.dls.valid))[0].shape[1:])
+    self.net.metadata = dict(method=type(self).__name__, data=name, classes=classes, image=image,
+                             threat=dict(eps=t.eps, norm=t.norm))
 
 # %% ../nbs/05_training.ipynb #657b99b9
 @patch
@@ -361,14 +398,14 @@ class Natural(Method):
     "Training on clean images."
     def adversary(self, x, y): return None
     def loss(self, x, x_adv, y):
-        return self.both_heads(lambda z: F.cross_entropy(z, y), self.student(x))
+        return self.both_heads(lambda z: self.label_loss(z, y), self.student(x))
 
 # %% ../nbs/05_training.ipynb #42d29f99
 class SAT(Method):
     "Standard adversarial training (Madry et al. 2018)."
     first_input = 'x_adv'
     def loss(self, x, x_adv, y):
-        return self.both_heads(lambda z: F.cross_entropy(z, y), self.student(x_adv))
+        return self.both_heads(lambda z: self.label_loss(z, y), self.student(x_adv))
 
 # %% ../nbs/05_training.ipynb #a9fe4dce
 class WeightEMA(Callback):

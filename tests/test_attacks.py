@@ -91,6 +91,7 @@ def test_model_as_before_after_an_error(case, at, error):
     model.training = True
     before = state(model)
     try: attack(model, x, y, rng())
+    except AderError: pass # NaN is refused at the door
     except (RuntimeError, KeyboardInterrupt) as e: assert e is error
     assert same(state(model), before)
 
@@ -365,18 +366,12 @@ def test_autoattack_of_few_classes(k, threat):
     with torch.no_grad(): a, b = (net(o).argmax(1) != y for o in (a, b))
     assert (a | ~b).all() and a.any() and not a.all() and n.forward > 5000, 'every part has run, for some withstand'
 
-def test_warnings_of_autoattack_can_be_heard(trained, caplog):
-    "Silent by default, but whoever sets up logging hears it: here of a network that answers with probabilities."
-    net, x, y = trained
-    with caplog.at_level(logging.WARNING, 'auto-attack'): AutoAttack(Threat(0.1))(nn.Sequential(net, nn.Softmax(1)), x[:3], y[:3], rng())
-    assert 'probability distribution' in caplog.text
-
 def test_counting(trained):
     "Passes in images, forward and back; nothing left on the model."
     net, x, y = trained
     for attack,forward,backward in ((FGSM(Threat(0.1)), 1, 1), (PGD(Threat(0.1), 7), 7, 7), (PGD(Threat(0.1), 7, restarts=3), 25, 21)):
         with count_passes(net) as n: attack(net, x, y)
-        assert (n.forward, n.backward) == (forward*len(x) + 1, backward*len(x)) # one image is asked for the classes
+        assert (n.forward, n.backward) == (forward*len(x) + 2, backward*len(x)) # two images are asked for the classes
     with pytest.raises(KeyError):
         with count_passes(net): raise KeyError
     assert not net._forward_hooks

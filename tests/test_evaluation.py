@@ -41,7 +41,7 @@ def test_images_that_are_wrong_already_count_as_not_robust(run):
             self.p = nn.Parameter(torch.zeros(1))
         def forward(self, x):
             s = x.flatten(1).std(1)
-            return torch.stack([s + self.p, 1 - s], 1)
+            return torch.stack([2*s + self.p, 2 - 2*s], 1)
     ds = Images(torch.full((10,1,4,4), 0.5), torch.zeros(10, dtype=torch.long), 'ab')
     assert run(Wrong(), Batches(ds, 4), attacks=[PGD(Threat(0.4))]).accuracy.tolist() == [0, 0]
 
