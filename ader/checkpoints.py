@@ -226,16 +226,15 @@ def saved_files(path:str|Path) -> tuple[Path, Path]: # weights, description
 
 # %% ../nbs/23_checkpoints.ipynb #8964a5c5
 def save(
-    net:nn.Module, path:str|Path, # a network with a `config`; 'teachers/clean', with suffix or not
+    net:nn.Module, path:str|Path, # any network; 'teachers/clean', with suffix or not
     **metadata # added to `net.metadata`
 ) -> Path: # of the weights
     "Save weights as safetensors, and beside them a JSON that says how to rebuild the network."
     from safetensors.torch import save as to_bytes
-    if not getattr(net, 'config', None): raise AderError(
-        f'a {type(net).__name__} has no config to rebuild it from; make it with ader.networks')
+    net = unwrap(net)
     weights, about = saved_files(path)
-    data = to_bytes({k: v.contiguous().cpu() for k,v in net.state_dict().items()})
-    d = dict(config=net.config, metadata={**getattr(net, 'metadata', {}), **metadata},
+    data = to_bytes({k: v.cpu().contiguous().clone() for k,v in net.state_dict().items()})
+    d = dict(config=getattr(net, 'config', None), metadata={**getattr(net, 'metadata', {}), **metadata},
              sha256=hashlib.sha256(data).hexdigest())
     atomic_write({weights: data, about: json.dumps(d, indent=1, ensure_ascii=False).encode()})
     return weights
@@ -262,6 +261,8 @@ def load(
     if hashlib.sha256(data).hexdigest() != d.get('sha256'):
         raise AderError(f'{weights} is damaged, or not the file that {about.name} describes: '
                         'its checksum differs; copy or train it again')
+    if into is None and not d.get('config'):
+        raise AderError(f"{about} doesn't say how to build the network; give one: load(…, into=net)")
     try:
         tensors, metadata = from_bytes(data), dict(d.get('metadata', {}))
         net = _build_for(tensors, d['config']) if into is None else into

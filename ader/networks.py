@@ -8,7 +8,7 @@ __all__ = ['archs', 'Normalize', 'Net', 'build', 'small_resnet', 'resnet56', 're
            'load_published']
 
 # %% ../nbs/21_networks.ipynb #04f05bf7
-import ast, inspect, math, re, torch
+import ast, inspect, math, pkgutil, re, torch
 from collections.abc import Mapping
 from fastcore.basics import patch
 from functools import partial, wraps
@@ -109,12 +109,27 @@ def build(
 ) -> nn.Module: # with fresh weights
     "Build the network that `config` describes."
     name, args = config.get('arch'), {k: v for k,v in config.items() if k != 'arch'}
-    if not isinstance(name, str) or name not in archs:
-        raise AderError(f'no network is called {name!r}; there are {", ".join(sorted(archs))}')
-    try: return archs[name](**args)
+    elsewhere = str(name).startswith(('torchvision/', 'timm/'))
+    if not isinstance(name, str) or not (elsewhere or name in archs):
+        raise AderError(f'no network is called {name!r}; there are {", ".join(sorted(archs))}, and '
+                        'those of others as torchvision/resnet18 or timm/resnet18')
+    try: return (partial(_elsewhere, name) if elsewhere else archs[name])(**args)
     except AderError: raise
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise AderError(f'these are not the arguments of {name}: {args} ({e})') from None
+
+# %% ../nbs/21_networks.ipynb #6c79eb62
+def _elsewhere(arch:str, in_channels:int=3, classes:int=10, mean=0., std=1., **kwargs):
+    "A network of torchvision or timm, such as 'timm/resnet18', for images in [0, 1]."
+    source, name = arch.split('/', 1)
+    channels = {} if in_channels == 3 else dict(in_chans=in_channels) # torchvision's take three
+    if not re.fullmatch(r'[\w.]+', name): raise AderError(f'{name!r} is no name of a network')
+    make = dict(timm='create_model', torchvision='models.get_model')[source]
+    try: make = pkgutil.resolve_name(f'{source}:{make}')
+    except ImportError: raise AderError(f'{arch} needs: pip install {source}') from None
+    net = nn.Sequential(Normalize(mean, std), make(name, num_classes=classes, **channels, **kwargs))
+    net.config = dict(kwargs, arch=arch, in_channels=in_channels, classes=classes, mean=mean, std=std)
+    return net
 
 # %% ../nbs/21_networks.ipynb #401cea8d
 def _conv_bn(i:int, o:int, size:int=3, stride:int=1, groups:int=1) -> list[nn.Module]:

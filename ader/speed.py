@@ -74,7 +74,8 @@ def _conv_bn_pairs(net:nn.Module, x:Tensor) -> list[tuple[str,str]]: # names of 
 
 # %% ../nbs/22_speed.ipynb #4d6d6538
 def unwrap(net:nn.Module) -> nn.Module:
-    "The network inside the wrapper of parallel training."
+    "The network inside the wrappers of parallel training and of `torch.compile`."
+    net = getattr(net, '_orig_mod', net)
     return net.module if isinstance(net, (DataParallel, DistributedDataParallel)) else net
 
 # %% ../nbs/22_speed.ipynb #387c5ef9

@@ -1,4 +1,4 @@
-import copy, logging, subprocess, sys
+import copy, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn

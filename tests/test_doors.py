@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from ader.all import *
 from ader.checkpoints import checksum
+from ader.networks import net_from_text
 from ader.speed import FrozenCopy
 
 T, ce, quiet = Threat(0.2), nn.CrossEntropyLoss(), dict(progress=False)
@@ -313,3 +314,27 @@ def test_tensorboard(d, fa, tmp_path, which):
     dls, net = (d, None) if which == 'ours' else (fa, colour())
     fit(dls, [SAT(steps=1), TensorBoardCallback(tmp_path)], net)
     assert list(tmp_path.glob('events*'))
+
+# --- files
+
+def test_nets_of_others_in_files(d, tmp_path):
+    "By the constructor's name, or into a network that is there."
+    x = torch.rand(2, 3, 32, 32)
+    net = net_from_text('torchvision/shufflenet_v2_x0_5', cifar_like()).eval()
+    save(net, tmp_path/'a')
+    torch.testing.assert_close(load(tmp_path/'a')(x), net(x))
+    with refused('no network is called|not the arguments'): net_from_text('torchvision/nothing', d)
+    own = Tied().eval()
+    save(own, tmp_path/'b')
+    with refused('into=net'): load(tmp_path/'b')
+    torch.testing.assert_close(load(tmp_path/'b', Tied())(x[:,:1]), own(x[:,:1]))
+
+def cifar_like():
+    images = Images(torch.rand(20, 3, 32, 32), torch.arange(20) % 2, ['a', 'b'])
+    return dataloaders(images, images, images)
+
+def test_a_compiled_net_is_saved_as_itself(tmp_path):
+    net = small_resnet(width=4).eval()
+    save(torch.compile(net, backend='eager'), tmp_path/'c')
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(load(tmp_path/'c')(x), net(x))
