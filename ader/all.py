@@ -15,8 +15,8 @@ from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square
                           Transfer, paper_attacks)
 from .weighting import AdaptiveWeight, AnnealedWeight, ConstantWeight
 from .training import SAT, Method, Natural, WeightEMA
-from .methods import (ADER, ARD, BMTARD, IAD, MART, MTARD, RSLAD, TRADES, AdaAD, make_method,
-                          methods)
+from .methods import (ADER, ARD, BMTARD, IAD, IGDM, MART, MTARD, RSLAD, SAAD, TRADES, AdaAD,
+                          make_method, methods)
 from .plus import ADERPlus
 from .checkpoints import Resume, load, save
 from .teachers import attach_attention, from_robustbench, teach, train

@@ -216,7 +216,7 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     if fresh: Resume(target).clear()
     elif _finished(config, target): return
     asked = re.search(r'\bin_channels=(\d+)', text)
-    if asked and channels is None and Path(data or '').is_dir(): channels = int(asked[1])
+    if asked and channels is None and data and Path(data).is_dir(): channels = int(asked[1])
     dls = _load_data(metadata, data, size, channels, bs=bs, seed=seed)
     with _threads(dls):
         seed_everything(seed)

@@ -364,6 +364,7 @@ def _find_state(d:dict) -> dict: # names without the prefixes of wrappers, and t
     if inside: return _find_state(d[inside[0]])
     other = ', '.join(f'{k} is not a tensor' for k,v in d.items() if not isinstance(v, Tensor))
     if other or not d: raise AderError(f'this is not a state dict: {other or "it is empty"}')
+    d = {k: v for k,v in d.items() if 'attacker.' not in k} # the robustness library holds all twice
     state = {re.sub(r'^((module|model|net|_orig_mod)\.)+', '', str(k)): v for k,v in d.items()}
     if len(state) < len(d): raise AderError('different prefixes name several networks; give one')
     return state
@@ -399,8 +400,8 @@ def _our_names(state:dict) -> tuple[str|None,dict]: # the layout; our name -> th
     known = lambda sign: any(re.match(sign, n) for n in state)
     layout = next((k for k,(sign,*_) in _LAYOUTS.items() if known(sign)), None)
     rules = (_LAYOUTS[layout][2] if layout else {}) | {
-        r'^(normali[sz]er?\.)?(mean|mu)$': 'normalize.mean',
-        r'^(normali[sz]er?\.)?(std|sigma)$': 'normalize.std'}
+        r'^(normali[sz]er?\.)?(new_)?(mean|mu)$': 'normalize.mean',
+        r'^(normali[sz]er?\.)?(new_)?(std|sigma)$': 'normalize.std'}
     names = {}
     for n in state:
         ours = n

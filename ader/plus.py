@@ -9,7 +9,7 @@ __all__ = ['confidence', 'temperature_for_confidence', 'ADERPlus']
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .methods import ADER, methods
+from .methods import ADER, methods, _check
 from .weighting import ConstantWeight
 
 # %% ../nbs/11_ader_plus.ipynb #d32ee763
@@ -40,14 +40,25 @@ class ADERPlus(ADER):
         weight=None, # `weight(l_clean, l_adv, pct)` returns ω; default: `ConstantWeight(1/6)`
         robust_input:str='x', # of the adversarial teacher: 'x' (RSLAD) or 'x_adv' (Eq. 6)
         match_confidence:bool=True, # bring both teachers to the same confidence
+        labels:float=0., # share of the labels in the robust target, 0 to 1
+        igdm:float=0., # weight of `ader.methods.gradient_matching`
         **kwargs # attention, inner_loss, temperature, …: see `ADER`
     ):
         super().__init__(clean, robust, weight or ConstantWeight(1/6), robust_input=robust_input,
                          **kwargs)
-        self.match_confidence = match_confidence
+        _check('labels', labels, 1)
+        _check('igdm', igdm)
+        self.match_confidence, self.labels, self.igdm = match_confidence, labels, igdm
 
-    def targets(self, x, robust_x):
-        ts = super().targets(x, robust_x)
+    def targets(self, x, robust_x, y):
+        clean, robust = self.matched(super().targets(x, robust_x, y))
+        if self.labels:
+            p, hard = F.softmax(robust.logits, 1), F.one_hot(y, robust.logits.shape[1])
+            mixed = torch.lerp(p, hard.to(p), self.labels)
+            robust = robust._replace(logits=mixed.clamp_min(torch.finfo(p.dtype).tiny).log())
+        return clean, robust
+
+    def matched(self, ts): # the teachers' outputs, of equal confidence
         if not self.match_confidence: return ts
         target = torch.stack([confidence(t.logits) for t in ts]).mean()
         taus = [temperature_for_confidence(t.logits, target) for t in ts]

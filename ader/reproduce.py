@@ -49,7 +49,7 @@ def step_schedule(epochs:int, lr:float, drops:list, factor:float=0.1, bs:int=128
                   optimizer:str='sgd', wd:float=2e-4, **more) -> dict:
     "A learning rate that is multiplied by `factor` after each of the epochs `drops`."
     return dict(kind='steps', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd,
-                drops=list(drops), factor=factor, **more)
+                drops=list(drops), factor=factor, wd_bn_bias=True, **more) # as torch's SGD
 
 # %% ../nbs/28_reproduce.ipynb #3d6dbd1a
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def _fit(s:dict) -> dict: # arguments of `train` for a schedule
         at = lambda pos: lr*s['factor']**sum(pos >= d/n for d in s['drops'])
         learn.fit(n, lr, cbs=ParamScheduler(dict(lr=at)))
     fit = steps if s['kind'] == 'steps' else Learner.fit_one_cycle
-    wd = {} if s['wd'] is None else dict(wd=s['wd'])
+    wd = dict(wd_bn_bias=s.get('wd_bn_bias', False))
+    if s['wd'] is not None: wd['wd'] = s['wd']
     cbs = [WeightEMA(s['ema'], s.get('monitor'))] if 'ema' in s else []
     return dict(fit=fit, opt_func=opts[s['optimizer']], cbs=cbs, **wd)
 

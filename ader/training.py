@@ -163,10 +163,12 @@ class Accuracy(Metric):
         self.right = self.n = 0
         self.copy = None
     def accumulate(self, learn):
-        pred, y, x, net = learn.pred, learn.yb[0], learn.xb[0], unwrap(learn.model)
+        x, y = (o[0].as_subclass(Tensor) for o in (learn.xb, learn.yb))
+        pred, net = learn.pred.as_subclass(Tensor), unwrap(learn.model)
         if self.attack:
             self.copy = self.copy or FrozenCopy(net, x, self.precision)
-            with _whole_batch(learn.dl): pred = net(self.attack(self.copy, x, y))
+            with _whole_batch(learn.dl), frozen(self.copy):
+                pred = net(self.attack.perturb(self.copy, x, y))
         counts = torch.stack([(pred.argmax(-1) == y).sum(), torch.tensor(len(y), device=y.device)])
         right, n = all_reduce_sum(counts).tolist()
         self.right, self.n = self.right + right, self.n + n

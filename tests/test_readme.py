@@ -1,5 +1,7 @@
 "What the README shows must run as it stands."
-import re
+import ader.cli, numpy as np, pytest, re, shlex
+from PIL import Image
+from ader.checkpoints import load
 from pathlib import Path
 from nbdev.config import get_config
 
@@ -11,3 +13,28 @@ def test_the_code_of_the_readme_runs():
     exec(body, scope)
     d = eval(last, scope)
     assert d.ok and d['clean'] > 0.9 and d['PGD_sat'] > 0.15
+
+@pytest.fixture
+def photographs(tmp_path):
+    "Two classes of small pictures: stripes across, and stripes down."
+    rng, t = np.random.default_rng(0), np.arange(32)/32
+    for c,axis in (('across', 0), ('down', 1)):
+        (tmp_path/'photos'/c).mkdir(parents=True)
+        for i in range(12):
+            wave = 128 + 80*np.sin(2*np.pi*(4*t + rng.random()))
+            pixels = np.expand_dims(wave, (1 - axis, 2)) + rng.normal(0, 20, (32, 32, 3))
+            im = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            im.save(tmp_path/'photos'/c/f'{i}.{"jpg" if i % 2 else "png"}')
+    return tmp_path/'photos'
+
+def test_the_commands_of_the_readme_run(photographs, tmp_path, monkeypatch, capsys):
+    "As they stand, FOLDER replaced by a folder."
+    blocks = re.findall(r'```sh\n(.*?)```', (Path(get_config().config_path)/'README.md').read_text(), re.S)
+    block, = [b for b in blocks if 'FOLDER' in b]
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        name, *argv = shlex.split(line.replace('FOLDER', str(photographs)), comments=True)
+        getattr(ader.cli, f'{name}_cli')(argv)
+    out = capsys.readouterr().out
+    assert 'AutoAttack' in out and re.search(r'Passed all \d+ sanity checks', out)
+    assert load(tmp_path/'student'/'student').metadata['classes'] == ['across', 'down']

@@ -209,7 +209,7 @@ def test_a_constant_prediction_is_no_teacher(all_digits):
             super().__init__()
             self.w = nn.Parameter(torch.zeros(1))
         def forward(self, x):
-            return F.one_hot(torch.full((len(x),), 3), 10) + 0*self.w + 0*x.mean()
+            return 2*F.one_hot(torch.full((len(x),), 3), 10) + 0*self.w + 0*x.mean()
     assert check_teacher(Constant(), all_digits.test, images=200, progress=False).roles == []
 
 # ---- from elsewhere --------------------------------------------------------------------------
