@@ -264,7 +264,7 @@ def boosted_ce(
     floor:float=0. # added to one minus the best wrong probability
 ) -> Tensor: # (B,)
     "Cross-entropy, boosted by the probability of the best wrong class (Wang et al. 2020)."
-    without = lambda k: logits.masked_fill(F.one_hot(k, logits.shape[1]).bool(), -torch.inf)
+    without = lambda k: logits.scatter(1, k[:,None], -torch.inf)
     wrong = without(y).argmax(1)
     log_rest = without(wrong).logsumexp(1) - logits.logsumexp(1) # log(1 - best wrong probability)
     if floor: log_rest = torch.logaddexp(log_rest, torch.full_like(log_rest, floor).log())
@@ -381,12 +381,12 @@ class SAAD(Distilled):
     def adversary(self, x, y):
         a, s, t = self.attack, self.frozen_copy('student'), self.frozen_copy('robust')
         with frozen(s, t):
-            label = F.one_hot(y, self._classes)
             with torch.enable_grad():
                 at = x.detach().requires_grad_()
                 z = t(at)
-                g, = torch.autograd.grad((z*label).sum(), at)
-            target = lambda v: z.detach() + label*((v - x)*g).flatten(1).sum(1, keepdim=True)
+                g, = torch.autograd.grad(z.gather(1, y[:,None]).sum(), at)
+            z, label = z.detach(), torch.zeros_like(z).scatter(1, y[:,None], 1.)
+            target = lambda v: z + label*((v - x)*g).flatten(1).sum(1, keepdim=True)
             objective = lambda v: kl(s(v), target(v))
             return pgd(objective, x, a.threat, a.steps, a.step_size, a.start)
 

@@ -53,8 +53,8 @@ class ADERPlus(ADER):
     def targets(self, x, robust_x, y):
         clean, robust = self.matched(super().targets(x, robust_x, y))
         if self.labels:
-            p, hard = F.softmax(robust.logits, 1), F.one_hot(y, robust.logits.shape[1])
-            mixed = torch.lerp(p, hard.to(p), self.labels)
+            p = F.softmax(robust.logits, 1)
+            mixed = torch.lerp(p, torch.zeros_like(p).scatter(1, y[:,None], 1.), self.labels)
             robust = robust._replace(logits=mixed.clamp_min(torch.finfo(p.dtype).tiny).log())
         return clean, robust
 
