@@ -202,6 +202,7 @@ class PGD:
     loss:str = 'ce' # the objective: 'ce', 'cw' (margin) or 'kl'
     name:str|None = None # in tables; default: made from the settings
     restarts:int = 1 # runs from new random starts; each image keeps the strongest result
+    targeted:bool = False # towards the class `y` instead of away from it
 
     def __post_init__(self):
         _check_count(steps=self.steps, restarts=self.restarts)
@@ -239,18 +240,19 @@ def perturb(self:PGD, model, x, y, generator=None) -> Tensor: # arguments as of 
     def run():
         z = random_start(x, self.threat, self.start, generator)
         return torch.cat([
-            pgd(lambda z: objective(model(z), b), a, self.threat, self.steps, self.step_size, s)
+            pgd(lambda z: sign*objective(model(z), b), a, self.threat, self.steps, self.step_size, s)
             for a,b,s in _chunks(x, y, z)])
+    sign = -1 if self.targeted else 1
     best = run()
-    for _ in range(self.restarts - 1): best = _keep_strongest(model, y, best, run())
+    for _ in range(self.restarts - 1): best = _keep_strongest(model, y, best, run(), sign)
     return best
 
 # %% ../nbs/03_attacks.ipynb #5ec450de
 @torch.no_grad()
-def _keep_strongest(model:nn.Module, y:Tensor, a:Tensor, b:Tensor) -> Tensor: # (B, C, H, W)
-    "For each image the one of `a` and `b` where `model` is further from `y`, labels or logits."
+def _keep_strongest(model:nn.Module, y:Tensor, a:Tensor, b:Tensor, sign:int=1) -> Tensor:
+    "For each image the one of `a` and `b` where `model` is further from `y`; -1: nearer to it."
     f = kl if y.is_floating_point() else margin
-    return torch.where((f(model(b), y) > f(model(a), y)).view(-1,1,1,1), b, a)
+    return torch.where((sign*f(model(b), y) > sign*f(model(a), y)).view(-1,1,1,1), b, a)
 
 # %% ../nbs/03_attacks.ipynb #dfd30d45
 @torch.no_grad()
@@ -329,7 +331,8 @@ def until_fooled(self:PGD,
     bs:int=256 # images that are attacked at a time
 ) -> Tensor: # (N, C, H, W): the first point where `model` is wrong, else the last one
     "PGD with early stopping."
-    if self.loss == 'kl': raise AderError("early stopping needs labels; use loss='ce' or 'cw'")
+    if self.loss == 'kl' or self.targeted:
+        raise AderError("early stopping is for attacks away from labels, loss='ce' or 'cw'")
     with frozen(model):
         x, y = self.check_inputs(model, x, y)
         out, left = x.clone(), torch.arange(len(x), device=x.device)

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from torchvision.utils import save_image
 from types import SimpleNamespace
 from .attacks import AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks
 from .attention import add_attention
@@ -283,6 +284,23 @@ def ader_distill(
 # %% ../nbs/27_command_line.ipynb #2246c224
 ader_distill_cli = command(ader_distill, all_ranks=True)
 
+# %% ../nbs/27_command_line.ipynb #be05cd3a
+def _each_image(r) -> pd.DataFrame: # a row an image: index, class, correct under each attack
+    masks = {k: ok.int().tolist() for k,ok in r.masks.items()}
+    return pd.DataFrame({'image': range(len(r.y)), 'class': [r.classes[k] for k in r.y]} | masks)
+
+def _write_fooled(out:Path, net, dl, r, attack, n:int):
+    "At most `n` images that are correct without attack and fooled by `attack`, both as PNG."
+    fooled = (r.masks['clean'] & ~r.masks[repr(attack)]).nonzero().flatten()[:n]
+    if not len(fooled): return
+    (x, y), classes = dl.dataset[fooled.to(dl.dataset.y.device)], r.classes
+    x_adv = attack(net, x, y, torch.Generator(x.device).manual_seed(0))
+    with torch.no_grad(): pred = net(x_adv).argmax(1)
+    check_folder(out)
+    for i,a,b,t,p in zip(fooled.tolist(), x, x_adv, y.tolist(), pred.tolist()):
+        save_image(a, out/f'{i:05d}-{classes[t]}.png')
+        save_image(b, out/f'{i:05d}-{classes[t]}-as-{classes[p]}.png')
+
 # %% ../nbs/27_command_line.ipynb #013f1f03
 def ader_evaluate(
     networks:str, # saved networks, separated by commas: folders, .safetensors or .json files
@@ -295,11 +313,12 @@ def ader_evaluate(
     transfer:str=None, # saved networks for transfer attacks, separated by commas
     queries:int=0, # of the Square attack, for each image; 0: leave it out
     autoattack:bool=False, # AutoAttack (standard), too; takes long
+    save_images:int=0, # write at most so many images that PGD fooled, as PNG
     seed:int=0, # of everything random
     out:str='evaluation' # folder to write to, where progress is kept as well
 ):
     "Measure saved networks: accuracy under attack, sanity checks, a table and a page for each."
-    _check(images=images, queries=queries, seed=seed)
+    _check(images=images, queries=queries, save_images=save_images, seed=seed)
     threat = Threat(norm=norm) if eps is None else Threat(eps, norm)
     nets, others = _load_several(networks), _load_several(transfer)
     if not nets: raise AderError('name at least one saved network')
@@ -313,11 +332,13 @@ def ader_evaluate(
         if queries: black.append(Square(t, queries))
         with _threads(dls):
             r = robustness_report(
-                net, dls.test, attacks, t, images or None, black_box=black, seed=seed,
+                net, dls.test, attacks, t, images=images or None, black_box=black, seed=seed,
                 folder=out/'progress', progress=sys.stdout.isatty())
         tables[name] = r.table
         files = dict(html=report_page(r, name), csv=r.table.to_csv(index=False))
+        files['images.csv'] = _each_image(r).to_csv(index=False)
         atomic_write({out/f'{name}.{k}': o.encode() for k,o in files.items()})
+        _write_fooled(out/name, net, dls.test, r, PGD_sat(t), save_images)
         print(f'{name}, {t.norm}, ε = {t.eps:.4g}\n{r}\nThe page is {out/name}.html\n', flush=True)
     if len(tables) > 1: print(markdown_table(compare(tables)))
 

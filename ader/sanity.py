@@ -153,7 +153,7 @@ def robustness_report(
     dl, # batches (x, y), for example `dls.test`
     attacks:list|None=None, # default: the paper's four, within `threat`
     threat:Threat|None=None, # default: Linf with the customary ε of the data
-    checks:int=100, # images for the sanity checks; 0: no checks
+    *, checks:int=100, # images for the sanity checks; 0: no checks
     black_box:list=(), # attacks that don't use gradients; for the table and for the checks
     seed:int=0, # of the random starts
     **kwargs

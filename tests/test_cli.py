@@ -9,6 +9,7 @@ from ader.checkpoints import load, save
 from ader.data import AderError, digits, load_data
 from ader.evaluation import evaluate
 from ader.networks import small_resnet
+from ader.teachers import teach
 
 
 def run(command, *argv):
@@ -216,3 +217,17 @@ def test_each_norm_has_its_usual_radius(argv, says, tmp_path, capsys):
     few = [tmp_path/'net', '--images', 4, '--out', tmp_path/'out']
     assert run('ader_evaluate', *few, *argv.split()) == 0
     assert says in capsys.readouterr().out
+
+def test_which_images_were_fooled(tmp_path):
+    "A row an image, and the images themselves."
+    save(teach('natural', small_resnet(width=4), digits(device='cpu'), 3, progress=False), tmp_path/'net')
+    argv = [tmp_path/'net', '--images', 30, '--save-images', 3, '--out', tmp_path/'out']
+    assert run('ader_evaluate', *argv) == 0
+    t, table = (pd.read_csv(tmp_path/'out'/f'net.{k}') for k in ('images.csv', 'csv'))
+    assert len(t) == 30 and t.clean.mean() == pytest.approx(table.accuracy[0])
+    files = sorted((tmp_path/'out'/'net').iterdir())
+    assert len(files) == 6 and all(Image.open(f).size == (8, 8) for f in files)
+    for f in files[::2]:
+        i, c = f.stem.split('-')[:2]
+        row = t.iloc[int(i)]
+        assert str(row['class']) == c and row.clean == 1 and row.PGD_sat == 0

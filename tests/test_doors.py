@@ -338,3 +338,16 @@ def test_a_compiled_net_is_saved_as_itself(tmp_path):
     save(torch.compile(net, backend='eager'), tmp_path/'c')
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(load(tmp_path/'c')(x), net(x))
+
+# --- attacks on request
+
+def test_targeted(d):
+    "Towards a class: more images end there than by an attack away from the label."
+    net, (x, y) = teach('natural', small_resnet(), d, 2, **quiet), d.test.dataset[:60]
+    target = (y + 3) % 10
+    reach = lambda a, t: (net(a(net, x, t)) .argmax(1) == target).float().mean().item()
+    for restarts in (1, 2):
+        a = PGD(T, 10, targeted=True, restarts=restarts)
+        assert reach(a, target) > 0.6 > 0.4 > reach(PGD(T, 10), y)
+        T.check(a(net, x, target), x)
+    with refused('away from labels'): evaluate(net, d.test, [PGD(T, targeted=True)], images=5, **quiet)
