@@ -6,55 +6,41 @@
 __all__ = ['in_turn', 'bench_train', 'bench_epoch', 'bench_eval', 'bench_memory', 'ader_bench']
 
 # %% ../nbs/29_bench.ipynb #a476802a
-import json, platform, resource, subprocess, sys, time, torch
+import json, platform, re, resource, sys, time, torch
 import numpy as np, pandas as pd
-from contextlib import redirect_stdout
+from collections import defaultdict
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 from .attacks import PGD_sat, Threat
 from .attention import add_attention
 from .checkpoints import atomic_write, check_folder, read_json, seed_everything, versions
 from .data import AderError, Images, RandomCrop, RandomFlip, dataloaders, digits
-from .evaluation import _attack_all
+from .evaluation import evaluate
 from .loop import ader_loss, inner_max
 from .methods import ADER, TRADES, Natural
 from .networks import mobilenet_v2, multiply_adds, resnet18, resnet56, small_resnet, wrn_34_10
-from .speed import FrozenCopy, dtype_of
+from .speed import dtype_of
 from .teachers import train
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 
 # %% ../nbs/29_bench.ipynb #da505d62
-class _PlainStep:
-    def __init__(self, net, clean, robust):
-        self.net, self.teachers, self.first = net.train(), (clean.eval(), robust.eval()), None
-        self.opt = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-
-    def __call__(self, x, y):
-        x_adv = inner_max(self.net, x, y)
-        loss, _, self.first = ader_loss(self.net, *self.teachers, x, x_adv, self.first)
-        self.opt.zero_grad()
+def _plain_step(net, clean, robust): # -> function of images and labels
+    opt, first = torch.optim.SGD(net.train().parameters(), 0.01, momentum=0.9), None
+    def step(x, y):
+        nonlocal first
+        x_adv = inner_max(net, x, y)
+        loss, _, first = ader_loss(net, clean.eval(), robust.eval(), x, x_adv, first)
+        opt.zero_grad()
         loss.backward()
-        self.opt.step()
-
-# %% ../nbs/29_bench.ipynb #ef681e0d
-class _OurStep:
-    def __init__(self, net, clean, robust, x, y, compile=False):
-        images = Images(x, y, [str(i) for i in range(10)], 'noise')
-        method = ADER(clean, robust, compile=compile)
-        dls = dataloaders(images, images, bs=len(x), device=x.device)
-        self.learn = Learner(dls, net, opt_func=SGD, lr=0.01, cbs=method)
-        self.learn.remove_cb(ProgressCallback)
-        with redirect_stdout(None), self.learn.no_logging(): self.learn.fit(0)
-        with redirect_stdout(None): method.before_fit()
-        method.before_train()
-        self.learn.training, self.learn.n_iter, self.learn.n_epoch = True, 1, 1
-        net.train()
-
-    def __call__(self, x, y): self.learn.one_batch(1, (x, y))
+        opt.step()
+    return step
 
 # %% ../nbs/29_bench.ipynb #9a699c20
 _small = lambda blocks: small_resnet(blocks, 16, 3, stages=3)
@@ -64,32 +50,48 @@ _STUDENTS = {'ResNet-8': lambda: _small(1), 'ResNet-20': lambda: _small(3), 'Res
 
 _TEACHERS = {'small': (lambda: _small(3), lambda: _small(3)), 'WRN': (resnet56, wrn_34_10)}
 
-def _noise(n:int, size:int=32, device='cpu'): # -> images, labels
-    return torch.rand(n, 3, size, size, device=device), torch.randint(0, 10, (n,), device=device)
+# %% ../nbs/29_bench.ipynb #ef681e0d
+def _learner(student:str, teachers:str, images:int, bs:int, device, compile:bool) -> Learner:
+    "For ADER, on random bytes as images."
+    nets = [add_attention(f()).to(device) for f in (_STUDENTS[student], *_TEACHERS[teachers])]
+    for t in nets[1:]: t.metadata = dict(verified=dict(roles=['clean', 'robust'])) # no remarks
+    x, y = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8), torch.arange(images) % 10
+    sets = [Images(x[:n], y[:n], [str(i) for i in range(10)], 'noise') for n in (images, bs)]
+    dls = dataloaders(*sets, bs=bs, augment=[RandomCrop(4), RandomFlip()], device=device)
+    learn = Learner(dls, nets[0], opt_func=SGD, lr=0.01, cbs=ADER(*nets[1:], compile=compile))
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda row: None
+    return learn
 
 # %% ../nbs/29_bench.ipynb #19ccd4bb
 def _steps(student:str, teachers:str, bs:int=128, device='cpu', compile=False) -> dict:
     "One training step, plain and ours, on the same images, as functions."
-    x, y = _noise(bs, device=device)
-    make = lambda f: add_attention(f()).to(device)
-    clean, robust = (make(f).eval() for f in _TEACHERS[teachers])
-    a = _PlainStep(make(_STUDENTS[student]), clean, robust)
-    b = _OurStep(make(_STUDENTS[student]), clean, robust, x, y, compile)
-    return {'plain': lambda: a(x, y), 'ader': lambda: b(x, y)}
+    learn = _learner(student, teachers, bs, bs, device, compile)
+    batch = learn.dls.one_batch()
+    fresh = add_attention(_STUDENTS[student]()).to(device)
+    plain = _plain_step(fresh, *learn.ader.teachers.values())
+    learn.fit(0)
+    learn.ader.before_fit()
+    learn.ader.before_train()
+    learn.training, learn.n_iter, learn.n_epoch = True, 1, 1
+    learn.model.train()
+    return dict(plain=lambda: plain(*batch), ader=lambda: learn.one_batch(1, batch))
 
 # %% ../nbs/29_bench.ipynb #f4947b5d
 def in_turn(fs:dict, rounds:int=7) -> pd.DataFrame: # a row a round, a column a function: seconds
     "Time several functions without arguments in turn, by `torch.utils.benchmark`."
     n = torch.get_num_threads()
     timers = {k: Timer('f()', globals=dict(f=f), num_threads=n) for k,f in fs.items()}
-    for t in timers.values(): t.timeit(1)
-    return pd.DataFrame([{k: t.timeit(1).mean for k,t in timers.items()} for _ in range(rounds)])
+    times = [{k: t.timeit(1).mean for k,t in timers.items()} for _ in range(rounds + 1)]
+    return pd.DataFrame(times[1:]) # the first round warms up
 
 def _ratio(times:pd.DataFrame, base:str) -> dict: # how many times as fast as `base` ours is
-    r = times[base]/times['ader']
-    return dict(ratio=r.median(), low=r.quantile(0.25), high=r.quantile(0.75), rounds=len(r))
+    low, ratio, high = (times[base]/times.ader).quantile([0.25, 0.5, 0.75])
+    return dict(ratio=ratio, low=low, high=high, rounds=len(times))
 
 # %% ../nbs/29_bench.ipynb #2a4627fe
+def _auto(device) -> torch.dtype: return dtype_of('auto', nn.Linear(1, 1).to(device))
+
 def _matmul_rate(dtype:torch.dtype, device='cpu', n:int=2048) -> float: # multiply-adds a second
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return n**3/in_turn(dict(matmul=lambda: a@b), 5).matmul.min()
@@ -101,65 +103,52 @@ def _needed(student, clean, robust, size:int=32, steps:int=10) -> float: # multi
 # %% ../nbs/29_bench.ipynb #74c6194d
 def bench_train(
     students:list[str], teachers:list[str], # names of networks
-    rounds:int=7, # pairs of steps
-    bs:int=128, # images a step
-    device='cpu',
-    compile:bool=False # use `torch.compile`
+    rounds:int=7, bs:int=128, # pairs of steps; images a step
+    device='cpu', compile:bool=False # use `torch.compile`
 ) -> list[dict]:
     "Training steps of ADER with PGD-10, plain and ours."
-    rows, dtype = [], dtype_of('auto', nn.Linear(1, 1).to(device))
-    rate = {k: _matmul_rate(t, device) for k,t in dict(plain=torch.float32, ader=dtype).items()}
-    for t,s in [(t, s) for t in teachers for s in students]:
+    rows, types = [], dict(plain=torch.float32, ader=_auto(device))
+    rate = pd.Series({k: _matmul_rate(t, device) for k,t in types.items()})
+    for t,s in product(teachers, students):
         times = in_turn(_steps(s, t, bs, device, compile), rounds)
-        work = bs*_needed(*[f() for f in (_STUDENTS[s], *_TEACHERS[t])])
-        median = times.median()
+        speed = bs/times.median()
+        share = speed*_needed(*[f() for f in (_STUDENTS[s], *_TEACHERS[t])])/rate
         rows.append(dict(
-            student=s, teachers=t, bs=bs, **_ratio(times, 'plain'),
-            images_per_second=bs/median.ader, plain_images_per_second=bs/median.plain, share_of_matmul=work/median.ader/rate['ader'],
-            plain_share_of_matmul=work/median.plain/rate['plain']))
-        r = rows[-1]
-        print(f"{s:13s} {t:6s} {r['ratio']:5.1f} times, {r['images_per_second']:6.0f} images/s, "
-              f"{r['share_of_matmul']:.0%} of the matmul rate", flush=True)
+            student=s, teachers=t, bs=bs, **_ratio(times, 'plain'), images_per_second=speed.ader,
+            plain_images_per_second=speed.plain, share_of_matmul=share.ader,
+            plain_share_of_matmul=share.plain))
+        print('{student:13s} {teachers:6s} {ratio:5.1f} times, {images_per_second:6.0f} images/s, '
+              '{share_of_matmul:.0%} of the matmul rate'.format(**rows[-1]), flush=True)
     return rows
 
 # %% ../nbs/29_bench.ipynb #7249b86c
 def bench_epoch(
     student:str='ResNet-18', teachers:str='WRN', # names of networks
-    images:int=50_000, # of 32×32 random bytes
-    bs:int=128, # images a step
-    device='cpu',
-    compile:bool=False # use `torch.compile`
+    images:int=50_000, bs:int=128, # random ones; of them a step
+    device='cpu', compile:bool=False # use `torch.compile`
 ) -> dict:
     "One epoch of ADER with PGD-10 as a user runs it."
-    nets = [add_attention(f()).to(device) for f in (_STUDENTS[student], *_TEACHERS[teachers])]
-    for t in nets[1:]: t.metadata = dict(verified=dict(roles=['clean', 'robust'])) # no remarks
-    x, y = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8), torch.arange(images) % 10
-    sets = [Images(x[:n], y[:n], [str(i) for i in range(10)], 'noise') for n in (images, bs)]
-    dls = dataloaders(*sets, bs=bs, augment=[RandomCrop(4), RandomFlip()], device=device)
-    learn = Learner(dls, nets[0], opt_func=SGD, lr=0.01, cbs=ADER(*nets[1:], compile=compile))
-    with learn.no_bar(), learn.no_logging():
-        if compile: learn.fit(1) # the first epoch compiles
-        start = time.perf_counter()
-        learn.fit(1) # ends with accuracies, so that nothing is still under way
-        seconds = time.perf_counter() - start
-    n, rate = len(dls.train)*bs, _matmul_rate(dtype_of('auto', nets[0]), device)
-    row = dict(student=student, teachers=teachers, images=images, bs=bs, seconds=seconds,
-               images_per_second=n/seconds, share_of_matmul=n*_needed(*nets)/seconds/rate)
-    print(f"an epoch of {images:,} images: {seconds:.0f} s, {n/seconds:.0f} images/s", flush=True)
-    return row
+    learn = _learner(student, teachers, images, bs, device, compile)
+    if compile: learn.fit(1) # the first epoch compiles
+    start = time.perf_counter()
+    learn.fit(1) # ends with accuracies, so that nothing is still under way
+    seconds = time.perf_counter() - start
+    speed, nets = len(learn.dls.train)*bs/seconds, [learn.model, *learn.ader.teachers.values()]
+    print(f'an epoch of {images:,} images: {seconds:.0f} s, {speed:.0f} images/s', flush=True)
+    share = speed*_needed(*nets)/_matmul_rate(_auto(device), device)
+    return dict(student=student, teachers=teachers, images=images, bs=bs, seconds=seconds,
+                images_per_second=speed, share_of_matmul=share)
 
 # %% ../nbs/29_bench.ipynb #a776a624
 def _digits32() -> list[Images]: # training, validation and test images
-    def big(o):
-        x = F.interpolate(o.x.float()/255 if o.x.dtype == torch.uint8 else o.x, scale_factor=4)
-        return Images(x.expand(-1,3,-1,-1).contiguous(), o.y, o.classes, 'digits, 32×32', o.eps)
-    return [big(dl.dataset) for dl in digits(device='cpu').loaders]
+    big = lambda o: F.interpolate(o.x, scale_factor=4).repeat(1, 3, 1, 1)
+    return [Images(big(o), o.y, o.classes, 'digits, 32×32', o.eps)
+            for o in (dl.dataset for dl in digits(device='cpu').loaders)]
 
 def _trained(method, epochs:int) -> nn.Module: # a ResNet-8
     seed_everything(0)
-    net = _small(1)
-    train(method, net, dataloaders(*_digits32(), bs=50, device='cpu'), epochs, progress=False)
-    return net.eval()
+    dls = dataloaders(*_digits32(), bs=50, device='cpu')
+    return train(method, _small(1), dls, epochs, progress=False).model.eval()
 
 # %% ../nbs/29_bench.ipynb #8c5b7b08
 def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict:
@@ -167,21 +156,16 @@ def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict
     import foolbox, torchattacks
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
-    step = threat.eps/4
+    step, batches = threat.eps/4, lambda x, y: list(zip(x.split(bs), y.split(bs)))
     @torch.no_grad()
-    def correct(x, y):
-        return torch.cat([net(a).argmax(1) == b for a,b in zip(x.split(bs), y.split(bs))])
-    def theirs(attack):
-        def run(x, y):
-            ok = correct(x, y)
-            z = [attack(a, b) for a,b in zip(x[ok].split(bs), y[ok].split(bs))]
-            return correct(torch.cat(z), y[ok]).sum().item()/len(y)
-        return run
+    def correct(x, y): return torch.cat([net(a).argmax(1) == b for a,b in batches(x, y)])
+    def theirs(attack, x, y):
+        ok = correct(x, y)
+        z = torch.cat([attack(a, b) for a,b in batches(x[ok], y[ok])])
+        return correct(z, y[ok]).sum().item()/len(y)
     def ours(x, y):
-        batches, search = list(zip(x.split(bs), y.split(bs))), FrozenCopy(net, x, 'float32')
-        attacks = [PGD_sat(threat, steps)]
-        found = _attack_all(net, batches, attacks, progress=False, search_model=search)
-        return found['PGD_sat'][0].float().mean().item()
+        d = evaluate(net, batches(x, y), [PGD_sat(threat, steps)], progress=False)
+        return d.accuracy[1]
     fb = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=steps)
     fb_net = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
     art_net = PyTorchClassifier(net, nn.CrossEntropyLoss(), (3,32,32), 10, clip_values=(0, 1),
@@ -189,9 +173,10 @@ def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict
     art = ProjectedGradientDescentPyTorch(
         art_net, norm=np.inf, eps=threat.eps, eps_step=step, max_iter=steps, num_random_init=1,
         batch_size=bs, verbose=False)
-    return dict(ader=ours, torchattacks=theirs(torchattacks.PGD(net, threat.eps, step, steps)),
-                foolbox=theirs(lambda x, y: fb(fb_net, x, y, epsilons=threat.eps)[1]),
-                ART=theirs(lambda x, y: torch.from_numpy(art.generate(x.numpy(), y.numpy()))))
+    return dict(ader=ours, **{k: partial(theirs, f) for k,f in dict(
+        torchattacks=torchattacks.PGD(net, threat.eps, step, steps),
+        foolbox=lambda x, y: fb(fb_net, x, y, epsilons=threat.eps)[1],
+        ART=lambda x, y: torch.from_numpy(art.generate(x.numpy(), y.numpy()))).items()})
 
 # %% ../nbs/29_bench.ipynb #0d0bb137
 def bench_eval(rounds:int=7, n:int=512, epochs:int=6) -> list[dict]: # epochs: robust network's
@@ -201,33 +186,32 @@ def bench_eval(rounds:int=7, n:int=512, epochs:int=6) -> list[dict]: # epochs: r
     nets = dict(robust=_trained(TRADES(threat=threat), epochs),
                 natural=_trained(Natural(threat), 2))
     for kind,net in nets.items():
-        fs, found = _evaluations(net, threat), {}
-        run = lambda k: found.setdefault(k, []).append(fs[k](x, y))
-        times = in_turn({k: lambda k=k: run(k) for k in fs}, rounds)
+        fs, found = _evaluations(net, threat), defaultdict(list)
+        times = in_turn({k: lambda k=k: found[k].append(fs[k](x, y)) for k in fs}, rounds)
         for k in fs:
             rows.append(dict(network=kind, library=k, seconds=times[k].median(), images=len(y),
                              accuracy=float(np.mean(found[k])), **_ratio(times, k)))
-            print(f"{kind:8s} {k:12s} {rows[-1]['ratio']:5.1f} times ours, "
-                  f"{rows[-1]['accuracy']:.1%} correct", flush=True)
+            print('{network:8s} {library:12s} {ratio:5.1f} times ours, {accuracy:.1%} correct'
+                  .format(**rows[-1]), flush=True)
     return rows
 
 # %% ../nbs/29_bench.ipynb #aa96ace1
+def _from_proc(file:str, pattern:str) -> str|None: # what the group matches, on Linux
+    path = Path('/proc')/file
+    found = path.exists() and re.search(pattern, path.read_text())
+    return found[1] if found else None
+
 def _peak_memory() -> float: # MB
     "Of this process. (On Linux `getrusage` also counts what its parent had when it began it.)"
-    try:
-        lines = Path('/proc/self/status').read_text().splitlines()
-        return next(int(o.split()[1]) for o in lines if o.startswith('VmHWM'))/1024
-    except (OSError, StopIteration):
-        unit = 1024**(2 if sys.platform == 'darwin' else 1)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024**(sys.platform == 'darwin')
+    return float(_from_proc('self/status', r'VmHWM:\s*(\d+)') or most)/1024
 
 # %% ../nbs/29_bench.ipynb #a7da4ae0
 def _memory_of(way:str, what:str) -> float: # MB; to be called in a fresh process
-    torch.manual_seed(0)
+    seed_everything(0)
     if what == 'evaluation':
-        net, (x, y) = _small(1).eval(), _noise(512)
-        f = _evaluations(net, Threat())[way]
-        work = lambda: f(x, y)
+        x, y = torch.rand(512, 3, 32, 32), torch.randint(0, 10, (512,))
+        work = partial(_evaluations(_small(1).eval(), Threat())[way], x, y)
     else: work = _steps(what, 'small')[way]
     before = _peak_memory()
     for _ in range(3): work()
@@ -236,26 +220,13 @@ def _memory_of(way:str, what:str) -> float: # MB; to be called in a fresh proces
 # %% ../nbs/29_bench.ipynb #9e4f3505
 def bench_memory() -> list[dict]:
     "Peak memory of a training step and of an evaluation, ours and the others'."
-    cases = {s: ('plain', 'ader') for s in _STUDENTS}
-    cases['evaluation'] = 'ader', 'torchattacks', 'foolbox', 'ART'
-    rows = []
-    for what,way in [(k, o) for k,ways in cases.items() for o in ways]:
-        code = f'from ader.bench import _memory_of; print(_memory_of({way!r}, {what!r}))'
-        command = [sys.executable, '-W', 'ignore', '-c', code]
-        out = subprocess.run(command, capture_output=True, text=True)
-        if out.returncode:
-            raise AderError(f'the memory of {what} by {way}: {out.stderr.splitlines()[-1]}')
-        rows.append(dict(what=what, way=way, megabytes=float(out.stdout.split()[-1])))
-        print(f"{what:13s} {way:12s} {rows[-1]['megabytes']:6.0f} MB", flush=True)
+    rows, steps = [], product(_STUDENTS, ('plain', 'ader'))
+    others = product(['evaluation'], ('ader', 'torchattacks', 'foolbox', 'ART'))
+    with get_context('spawn').Pool(1, maxtasksperchild=1) as pool: # a fresh process each
+        for what,way in [*steps, *others]:
+            rows.append(dict(what=what, way=way, megabytes=pool.apply(_memory_of, (way, what))))
+            print('{what:13s} {way:12s} {megabytes:6.0f} MB'.format(**rows[-1]), flush=True)
     return rows
-
-# %% ../nbs/29_bench.ipynb #bc69a186
-def _machine(device:str) -> str:
-    if device == 'cuda': return torch.cuda.get_device_name()
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(o.split(':')[1].strip() for o in lines if o.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 # %% ../nbs/29_bench.ipynb #3a1a15a3
 def ader_bench(
@@ -264,32 +235,29 @@ def ader_bench(
     students:str=','.join(_STUDENTS), # for the training step, separated by commas
     teachers:str=','.join(_TEACHERS), # small, WRN, or both
     rounds:int=7, # of each measurement, at least 3
-    threads:int=0, # CPU threads; 0: as torch chooses
     compile:bool=False # use `torch.compile`
 ):
     "Measure training steps and evaluations beside a plain loop and other libraries."
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    known = dict(parts=('train', 'eval', 'memory', 'epoch'), students=_STUDENTS, teachers=_TEACHERS)
-    for k,given in dict(parts=parts, students=students, teachers=teachers).items():
-        for o in given.split(','):
-            if o not in known[k]:
-                raise AderError(f'--{k}: some of {", ".join(known[k])}, got {o!r}')
-    if rounds < 3 or threads < 0:
-        raise AderError(f'--rounds is at least 3, --threads at least 0, got {rounds}, {threads}')
-    if threads: torch.set_num_threads(threads)
-    dtype = dtype_of('auto', nn.Linear(1, 1).to(device))
-    record = dict(machine=_machine(device), threads=torch.get_num_threads(), compile=compile,
-                  precision=str(dtype).removeprefix('torch.'), versions=versions())
-    file = check_folder(out)/'bench.json'
-    if file.exists() and (old := read_json(file)).items() >= record.items(): record = old
+    parts, students, teachers = (o.split(',') for o in (parts, students, teachers))
     more = dict(device=device, compile=compile)
-    what = dict(train=lambda: bench_train(students.split(','), teachers.split(','), rounds, **more),
+    what = dict(train=lambda: bench_train(students, teachers, rounds, **more),
                 eval=lambda: bench_eval(rounds), memory=bench_memory,
                 epoch=lambda: bench_epoch(**more))
+    for given,known in ((parts, what), (students, _STUDENTS), (teachers, _TEACHERS)):
+        for o in given:
+            if o not in known: raise AderError(f'there are {", ".join(known)}, not {o!r}')
+    if rounds < 3: raise AderError(f'--rounds is at least 3, got {rounds}')
+    cpu = _from_proc('cpuinfo', r'model name\s*: (.*)') or platform.machine()
+    record = dict(machine=torch.cuda.get_device_name() if device == 'cuda' else cpu,
+                  threads=torch.get_num_threads(), compile=compile,
+                  precision=str(_auto(device)).removeprefix('torch.'), versions=versions())
+    file = check_folder(out)/'bench.json'
+    if file.exists() and (old := read_json(file)).items() >= record.items(): record = old
     types = 'float32', 'bfloat16'
     record['matmul'] = {k: _matmul_rate(getattr(torch, k), device)/1e9 for k in types}
     print(f"{record['machine']}, {record['threads']} threads, matmul: {record['matmul']}")
-    for p in parts.split(','):
+    for p in parts:
         record[p] = what[p]()
         atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False).encode())
     print(f'The record is {file}')

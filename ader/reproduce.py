@@ -4,42 +4,37 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'TABLES', 'SCALES', 'one_cycle', 'step_schedule', 'Run', 'in_order', 'Record', 'read_records', 'load_net',
-           'run_one', 'pending', 'run_all', 'paper_numbers', 'plan', 'runs', 'estimate', 'dry_run', 'make_table',
-           'overview', 'table_markdown', 'plot_table', 'ader_reproduce', 'ader_table']
+           'run_one', 'pending', 'run_all', 'paper_numbers', 'plan', 'runs', 'estimate', 'make_table', 'overview',
+           'table_markdown', 'plot_table', 'ader_reproduce', 'ader_table']
 
 # %% ../nbs/28_reproduce.ipynb #aecfd26e
-import ader, ader.weighting, hashlib, json, platform, subprocess, sys, time, torch
+import ader.attacks, ader.weighting, hashlib, json, platform, re, subprocess, time, torch
 import pandas as pd
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square, Threat,
-                          Transfer)
+from torch import nn
+from .attacks import PGD, Threat, Transfer
 from .attention import add_attention
 from .checkpoints import (atomic_write, check_folder, load, read_json, save, saved_files,
                               seed_everything, versions)
 from .data import AderError, load_data
-from .evaluation import (check_teacher, markdown_table, robust_mask, _first_batches, _float32,
-                             _tabulate)
-from .methods import make_method, methods, settings_of, teachers_of
+from .evaluation import check_teacher, markdown_table
+from .methods import make_method, teachers_of
 from .networks import net_from_text
-from .sanity import sanity_checks
+from .sanity import robustness_report
 from .speed import FrozenCopy, dtype_of, one_thread
-from .teachers import run_config, train
+from .teachers import TEACHER_METHODS, run_config, train
 from .training import PrintEpochs, WeightEMA
-from fastai.callback.core import Callback, CancelFitException
+from fastai.basics import SGD, Adam, Callback, CancelFitException, Learner, patch
 from fastai.callback.schedule import ParamScheduler
-from fastai.learner import Learner
-from fastai.optimizer import SGD, Adam
-from fastcore.basics import patch
 
 # %% ../nbs/28_reproduce.ipynb #f3abc3ac
-_FOUR = 'FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf'
-
 def one_cycle(epochs:int, lr:float, bs:int|None=None, optimizer:str='adam', wd:float|None=None,
               **more) -> dict: # `ema=0.99`, `monitor='pgd-10'`: add a `WeightEMA`
     "fastai's one-cycle schedule; `lr` is its peak, `bs` None the usual batch size of the data."
@@ -51,11 +46,23 @@ def step_schedule(epochs:int, lr:float, drops:list, factor:float=0.1, bs:int=128
     return dict(kind='steps', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd,
                 drops=list(drops), factor=factor, wd_bn_bias=True, **more) # as torch's SGD
 
+# %% ../nbs/28_reproduce.ipynb #77b6d6eb
+_FOUR = ['FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf']
+
+_ATTACKS = {k: getattr(ader.attacks, k) for k in [*_FOUR, 'Square', 'AutoAttack']}
+
+def _one_of(what:str, name:str, known):
+    if name not in known: raise AderError(f'{what} is one of {", ".join(known)}, not {name!r}')
+
+def _settings(settings:dict) -> dict: # ω as an object
+    weight = lambda name, kwargs: getattr(ader.weighting, name)(**kwargs)
+    return {k: weight(*v) if isinstance(v, list) else v for k,v in settings.items()}
+
 # %% ../nbs/28_reproduce.ipynb #3d6dbd1a
 @dataclass(frozen=True)
 class Run:
     "One training and its evaluation."
-    method:str # one of `ader.methods.methods`
+    method:str # as `make_method` reads it
     net:str # as `net_from_text` reads it
     data:str = 'digits' # as `load_data` reads it
     schedule:dict = field(default_factory=partial(one_cycle, 15, 1e-2)) # or `step_schedule`
@@ -64,29 +71,25 @@ class Run:
     eps:float|None = None # of the threat, Linf; default: 0.2 for digits, else 8/255
     seed:int = 0 # of everything random
     attention:bool = True # give the network an attention block
-    evaluate:dict = field(default_factory=lambda: {a: {} for a in _FOUR}) # attack -> its settings
-    scale:str = '' # a word for tables
+    evaluate:dict = field(default_factory=lambda: {a: {} for a in _FOUR}, compare=False) # by attack
+    scale:str = field(default='', compare=False) # a word for tables
 
     def __post_init__(self):
-        known = {k.lower(): k for k in methods}
-        name = known.get(self.method.replace('-', '').lower())
-        if name is None:
-            raise AderError(f'the method must be one of {", ".join(methods)}, got {self.method!r}')
-        roles, settings = teachers_of(methods[name]), settings_of(methods[name])
-        for r in roles:
-            if r not in self.teachers: raise AderError(f'{name} needs a {r} teacher; give its run')
-        for k in self.settings:
-            if k not in settings:
-                raise AderError(f'{name} has no setting {k!r}; it has {", ".join(settings)}')
-        eps = self.eps or (0.2 if self.data == 'digits' else 8/255)
-        new = dict(method=name, eps=eps, teachers={r: self.teachers[r] for r in roles})
+        nets = {role: nn.Identity() for role in self.teachers}
+        method = type(make_method(self.method, **nets, **_settings(self.settings))) # or refuses
+        for a in self.evaluate: _one_of('an attack', a.removeprefix('transfer-'), _ATTACKS)
+        run = lambda o: Run(**o) if isinstance(o, dict) else o # from JSON
+        about = lambda o: {k: run(v) for k,v in o.items() if v is not None}
+        usual = 0.2 if self.data == 'digits' else 8/255
+        new = dict(method=method.__name__, eps=self.eps or usual,
+                   teachers={r: run(self.teachers[r]) for r in teachers_of(method)},
+                   evaluate={a: about(o) for a,o in self.evaluate.items()})
         for k,v in new.items(): object.__setattr__(self, k, v)
 
 # %% ../nbs/28_reproduce.ipynb #259ca27d
 @patch(as_prop=True)
 def id(self:Run) -> str: # 10 hexadecimal digits, the same if the same weights come out
-    d = {f.name: getattr(self, f.name) for f in fields(self)}
-    for k in ('evaluate', 'scale'): del d[k]
+    d = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
     d['teachers'] = {r: t.id for r,t in self.teachers.items()}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -100,71 +103,45 @@ def needs(self:Run) -> list: # runs whose networks this one needs: teachers, sur
     surrogates = [a['surrogate'] for a in self.evaluate.values() if 'surrogate' in a]
     return [*self.teachers.values(), *surrogates]
 
-@patch(cls_method=True)
-def from_dict(cls:Run, d:dict): # what `asdict` made
-    run = lambda k, v: cls.from_dict(v) if k == 'surrogate' else v
-    teachers = {r: cls.from_dict(t) for r,t in d['teachers'].items()}
-    attacks = {a: {k: run(k, v) for k,v in s.items()} for a,s in d['evaluate'].items()}
-    return cls(**{**d, 'teachers': teachers, 'evaluate': attacks})
-
 # %% ../nbs/28_reproduce.ipynb #56c25efa
 def in_order(runs:list) -> list[Run]: # each once, what is needed before what needs it
     "The runs and all that they need; the same run wanted twice is evaluated by all attacks."
     found = {}
     def add(run):
         for o in run.needs: add(o)
-        old = found.get(run.id)
-        found[run.id] = run if old is None else replace(old, evaluate=old.evaluate | run.evaluate)
+        old = found.get(run.id, run)
+        found[run.id] = replace(old, evaluate=old.evaluate | run.evaluate)
     for run in runs: add(run)
     return list(found.values())
-
-# %% ../nbs/28_reproduce.ipynb #77b6d6eb
-_ATTACKS = dict(FGSM=FGSM, PGD_sat=PGD_sat, PGD_trades=PGD_trades, CW_inf=CW_inf, Square=Square,
-                AutoAttack=AutoAttack)
-
-def _settings(settings:dict) -> dict: # ω as an object, lists as tuples
-    def one(v):
-        if not isinstance(v, list): return v
-        if len(v) != 2 or not isinstance(v[1], dict): return tuple(v)
-        if not hasattr(ader.weighting, v[0]): raise AderError(f'ader.weighting has no {v[0]!r}')
-        return getattr(ader.weighting, v[0])(**v[1])
-    return {k: one(v) for k,v in settings.items()}
 
 # %% ../nbs/28_reproduce.ipynb #c43e936c
 def _fit(s:dict) -> dict: # arguments of `train` for a schedule
     opts = dict(adam=Adam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # as torch does
-    if s.get('kind') not in ('one_cycle', 'steps') or s.get('optimizer') not in opts:
-        raise AderError(f'a schedule is made by one_cycle or step_schedule, got {s}')
     def steps(learn, n, lr):
         at = lambda pos: lr*s['factor']**sum(pos >= d/n for d in s['drops'])
         learn.fit(n, lr, cbs=ParamScheduler(dict(lr=at)))
     fit = steps if s['kind'] == 'steps' else Learner.fit_one_cycle
-    wd = dict(wd_bn_bias=s.get('wd_bn_bias', False))
-    if s['wd'] is not None: wd['wd'] = s['wd']
-    cbs = [WeightEMA(s['ema'], s.get('monitor'))] if 'ema' in s else []
-    return dict(fit=fit, opt_func=opts[s['optimizer']], cbs=cbs, **wd)
+    ema = [WeightEMA(s['ema'], s.get('monitor'))] if 'ema' in s else []
+    return dict(fit=fit, opt_func=opts[s['optimizer']], cbs=[*ema, PrintEpochs()], wd=s['wd'],
+                wd_bn_bias=s.get('wd_bn_bias', False))
 
 # %% ../nbs/28_reproduce.ipynb #62ef0f3a
 def _attack(name:str, about:dict, threat:Threat, net_of): # -> attack
-    base = name.removeprefix('transfer-')
-    if base not in _ATTACKS:
-        raise AderError(f'attacks are {", ".join(_ATTACKS)}, also with transfer-; got {name!r}')
     settings = {k: v for k,v in about.items() if k not in ('images', 'surrogate')}
-    attack = _ATTACKS[base](threat, **settings)
-    return attack if base == name else Transfer(net_of(about['surrogate']), attack, name)
+    attack = _ATTACKS[name.removeprefix('transfer-')](threat, **settings)
+    return Transfer(net_of(about['surrogate']), attack, name) if 'surrogate' in about else attack
 
 def _data(run:Run): # -> DataLoaders
     device = 'cpu' if run.data == 'digits' else None
     return load_data(run.data, run.schedule['bs'], run.seed, device)
 
 # %% ../nbs/28_reproduce.ipynb #70ba24b5
-def _prepare(run:Run, net_of): # -> method, network with fresh weights, DataLoaders
-    dls = _data(run)
+def _prepare(run:Run, dls, net_of): # -> method, network with fresh weights
     seed_everything(run.seed)
     net = net_from_text(run.net, dls)
     teachers = {r: net_of(t) for r,t in run.teachers.items()}
     method = make_method(run.method, **teachers, threat=Threat(run.eps), **_settings(run.settings))
-    return method, add_attention(net) if run.attention else net, dls
+    return method, add_attention(net) if run.attention else net
 
 # %% ../nbs/28_reproduce.ipynb #4f7e632c
 @dataclass
@@ -187,18 +164,12 @@ class Record:
     def __getitem__(self, attack:str) -> dict|None: # its row
         return next((o for o in self.robustness if o['attack'] == attack), None)
 
-    def write(self, folder:str|Path) -> Path:
-        "Write the JSON file of the record."
-        f = Path(folder)/f'{self.run.name}.json'
-        atomic_write(f, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
-        return f
-
     @classmethod
     def read(cls, path:str|Path):
         "The record in a JSON file."
         d = read_json(path)
-        try: r = cls(**{**d, 'run': Run.from_dict(d['run'])})
-        except (AderError, KeyError, TypeError) as e:
+        try: r = cls(**{**d, 'run': Run(**d['run'])})
+        except (AderError, AttributeError, KeyError, TypeError) as e:
             raise AderError(f'{path} is no record of a run: {e}') from None
         if r.run.name != Path(path).stem: raise AderError(f'{path} is the record of {r.run.name}')
         return r
@@ -210,21 +181,21 @@ def read_records(*folders:str|Path) -> dict[str,Record]: # by id of the run
     return {r.run.id: r for r in map(Record.read, files)}
 
 # %% ../nbs/28_reproduce.ipynb #20169e61
+_HERE = Path(ader.__file__).parent
+
 @lru_cache
 def _code_version() -> dict:
-    here, version = Path(ader.__file__).parent, dict(version=ader.__version__)
-    git = lambda *a: subprocess.run(['git', '-C', here, *a], capture_output=True, text=True)
-    try:
-        if git('ls-files', '--error-unmatch', '__init__.py').returncode: return version
-        dirty = bool(git('status', '--porcelain', '--', '.').stdout)
-        return dict(version, commit=git('rev-parse', 'HEAD').stdout.strip(), dirty=dirty)
-    except OSError: return version
+    how, version = dict(shell=True, cwd=_HERE, capture_output=True, text=True), ader.__version__
+    git = lambda what: subprocess.run(f'git {what}', **how).stdout.strip() # '' if there is no git
+    if not git('ls-files __init__.py'): return dict(version=version)
+    dirty = bool(git('status --porcelain -- .'))
+    return dict(version=version, commit=git('rev-parse HEAD'), dirty=dirty)
 
 # %% ../nbs/28_reproduce.ipynb #01ef8efa
 def _device_name(device:torch.device) -> str:
-    if device.type == 'cuda': return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
-    return f'{platform.machine()} CPU, {n} thread{"s"*(n > 1)}'
+    cpu = f'{platform.machine()} CPU, {n} thread{"s"*(n > 1)}'
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu
 
 # %% ../nbs/28_reproduce.ipynb #24244d05
 def _stem(run:Run, folder) -> Path: # of the files of its network
@@ -238,50 +209,38 @@ def load_net(run:Run, folder:str|Path, device='cpu'): # -> network in evaluation
     return load(_stem(run, folder), device=device)
 
 # %% ../nbs/28_reproduce.ipynb #87d754fc
-def _train(run:Run, folder):
-    target = _stem(run, folder)
+def _train(run:Run, dls, folder):
+    target, s = _stem(run, folder), run.schedule
     check_folder(target.parent)
-    method, net, dls = _prepare(run, partial(load_net, folder=folder))
-    s, how = run.schedule, _fit(run.schedule)
-    how['cbs'] = [*how['cbs'], PrintEpochs()]
-    more = dict(progress=False, resume=target, **how)
+    method, net = _prepare(run, dls, partial(load_net, folder=folder))
+    more = dict(progress=False, resume=target, **_fit(s))
     learn = train(method, net, dls, s['epochs'], s['lr'], run.seed, **more)
-    if run.method in ('Natural', 'SAT', 'TRADES'): # it may become a teacher
+    if run.method.lower() in TEACHER_METHODS: # it may become one
         check_teacher(net, dls.valid, Threat(run.eps), progress=False)
     names = ['epoch', *learn.recorder.metric_names[1:-1]]
-    rows = enumerate(learn.recorder.values, 1)
-    save(net, target, epochs=[dict(zip(names, (i, *map(float, row)))) for i,row in rows],
-         seconds=learn.resume.elapsed, run_config=run_config(method, net, dls),
-         device=_device_name(dls.train.dataset.x.device),
+    rows = [dict(zip(names, (i, *map(float, o)))) for i,o in enumerate(learn.recorder.values, 1)]
+    save(net, target, epochs=rows, seconds=learn.resume.elapsed,
+         run_config=run_config(method, net, dls), device=_device_name(dls.train.dataset.x.device),
          precision=str(dtype_of(method.precision, net)).removeprefix('torch.'))
     learn.resume.clear()
 
 # %% ../nbs/28_reproduce.ipynb #8ba975ee
-def _evaluate(run:Run, net, test, folder, checks:int=100) -> tuple[list,list]: # rows, checks
+def _evaluate(run:Run, net, test, folder) -> tuple[list,list]: # rows, checks
     "All attacks that the run asks for; the worst case is that of all images and own attacks."
-    threat, device, net = Threat(run.eps), next(net.parameters()).device, _float32(net)
-    net_of, rows, found = partial(load_net, folder=folder, device=device), [], []
-    sizes = dict.fromkeys([None, *[a.get('images') for a in run.evaluate.values()]])
-    for n in sizes: # attacks on the same images share what is correct without attack
-        batches = _first_batches(test, n, device)
-        search = FrozenCopy(net, batches[0][0], 'float32')
-        file = lambda k: Path(folder)/run.name/'progress'/f'{k}-{n or "all"}.json'
-        correct, cost = robust_mask(net, batches, progress_file=file('clean'))
-        results = {k: robust_mask(net, batches, _attack(k, a, threat, net_of), run.seed, correct,
-                                  file(k), search_model=search)
-                   for k,a in run.evaluate.items() if a.get('images') == n}
-        if n is None: results = dict(clean=(correct, cost)) | results
-        rows += [o for o in _tabulate(results).to_dict('records') if o['attack'] != 'worst case']
-        if n is not None: continue
-        own = _tabulate({k: o for k,o in results.items() if not k.startswith('transfer-')})
-        rows += [o for o in own.to_dict('records') if o['attack'] == 'worst case']
-        some = correct.nonzero().flatten()[:checks].to(device)
-        x, y = (torch.cat(o)[some] for o in zip(*batches))
-        if len(x): found = sanity_checks(net, x, y, threat, (), run.seed, search)
-    return rows, [dict(name=c.name, ok=bool(c.ok), found=c.found) for c in found]
-
-# %% ../nbs/28_reproduce.ipynb #db9d8bb7
-def _threads(run:Run): return one_thread() if run.data == 'digits' else nullcontext()
+    net_of = partial(load_net, folder=folder, device=next(net.parameters()).device)
+    threat, own, rows, checks = Threat(run.eps), (None, False), [], [] # all images, no surrogate
+    groups = {own: []}
+    for k,a in run.evaluate.items():
+        key = a.get('images'), 'surrogate' in a
+        groups.setdefault(key, []).append(_attack(k, a, threat, net_of))
+    for key,attacks in groups.items():
+        r = robustness_report(
+            net, test, attacks, threat, 100*(key == own), seed=run.seed, images=key[0],
+            folder=Path(folder)/run.name/'progress'/str(key[0] or 'all'), progress=False)
+        skip = () if key == own else ('clean', 'worst case')
+        rows += [o for o in r.table.to_dict('records') if o['attack'] not in skip]
+        checks += [dict(name=c.name, ok=bool(c.ok), found=c.found) for c in r.checks]
+    return rows, checks
 
 # %% ../nbs/28_reproduce.ipynb #0973e95d
 def run_one(
@@ -290,56 +249,47 @@ def run_one(
     results:str|Path|None=None # of records; default: 'results' in the folder
 ) -> Record: # also written
     "Train, evaluate, write the record; what is done already is not done again."
-    results = Path(folder)/'results' if results is None else Path(results)
-    if (f := results/f'{run.name}.json').exists():
-        run = replace(run, evaluate=Record.read(f).run.evaluate | run.evaluate)
-    with _threads(run):
-        if not _is_trained(run, folder): _train(run, folder)
-        dls, net = _data(run), load_net(run, folder)
-        rows, checks = _evaluate(run, net.to(dls.test.dataset.x.device), dls.test, folder)
-    train, valid, test = (o.dataset for o in (dls.train, dls.valid, dls.test))
+    file = Path(results or Path(folder)/'results')/f'{run.name}.json'
+    if file.exists(): run = replace(run, evaluate=Record.read(file).run.evaluate | run.evaluate)
+    with one_thread() if run.data == 'digits' else nullcontext():
+        dls = _data(run)
+        if not _is_trained(run, folder): _train(run, dls, folder)
+        net = load_net(run, folder, dls.test.dataset.x.device)
+        rows, checks = _evaluate(run, net, dls.test, folder)
+    sizes = dict(zip(('training', 'validation', 'test'), (len(o.dataset) for o in dls.loaders)))
     m, judged = net.metadata, sum(o['seconds'] for o in rows if o['attack'] != 'worst case')
     record = Record(
-        run, dict(data=train.name, training=len(train), validation=len(valid), test=len(test)),
-        _code_version(), dict(python=platform.python_version(), **versions()), m['device'],
-        m['precision'], m['run_config'], m['epochs'],
+        run, dict(data=dls.train.dataset.name, **sizes), _code_version(),
+        dict(python=platform.python_version(), **versions()),
+        m['device'], m['precision'], m['run_config'], m['epochs'],
         dict(training=round(m['seconds'], 1), evaluation=round(judged, 1)), rows, checks,
         read_json(saved_files(_stem(run, folder))[1])['sha256'],
         datetime.now(timezone.utc).isoformat(timespec='seconds'))
-    record.write(results)
+    atomic_write(file, json.dumps(asdict(record), indent=1, ensure_ascii=False).encode())
     return record
-
-# %% ../nbs/28_reproduce.ipynb #26ef4979
-def _is_complete(record:Record|None, run:Run) -> bool: # all that the run asks for is on record
-    if record is None: return False
-    simple = lambda a: {k: getattr(v, 'id', v) for k,v in a.items() if v is not None}
-    done = record.run.evaluate
-    return all(k in done and simple(done[k]) == simple(a) for k,a in run.evaluate.items())
 
 # %% ../nbs/28_reproduce.ipynb #e752b87e
 def pending(runs:list, folder:str|Path, results:str|Path) -> list[Run]: # in order
     "Runs that are still to be done, and those they need."
     done, left, needed, asked = read_records(results), [], set(), {o.id for o in runs}
+    is_complete = lambda r: r.id in done and r.evaluate.items() <= done[r.id].run.evaluate.items()
     for run in reversed(in_order(runs)):
-        wanted = run.id in asked and not _is_complete(done.get(run.id), run)
+        wanted = run.id in asked and not is_complete(run)
         if wanted or (run.id in needed and not _is_trained(run, folder)):
             left.append(run)
             needed |= {o.id for o in run.needs}
     return left[::-1]
 
-# %% ../nbs/28_reproduce.ipynb #56f1a03e
-def _line(r:Record) -> str:
-    accuracies = '   '.join(f'{o["attack"]} {o["accuracy"]:.1%}' for o in r.robustness)
-    return f'{r.run.name}: {accuracies}   ({sum(r.seconds.values()):.0f} s)'
-
 # %% ../nbs/28_reproduce.ipynb #7586c3c6
-def _try(run:Run, folder, results, *needed) -> str|None: # why it failed; `needed`: of what it needs
+def _try(folder, results, run:Run, *needed) -> str|None: # why it failed; `needed`: of what it needs
     if any(needed): return 'what it needs failed'
     print(f'{run.name}: begins', flush=True)
-    try: print(_line(run_one(run, folder, results)), flush=True)
+    try: r = run_one(run, folder, results)
     except AderError as e:
         print(f'{run.name} failed: {e}', flush=True)
         return str(e)
+    accuracies = '   '.join(f'{o["attack"]} {o["accuracy"]:.1%}' for o in r.robustness)
+    print(f'{run.name}: {accuracies}   ({sum(r.seconds.values()):.0f} s)', flush=True)
 
 # %% ../nbs/28_reproduce.ipynb #406bb082
 def run_all(
@@ -352,121 +302,59 @@ def run_all(
 ) -> dict[str,str]: # name -> why, of runs that failed
     "Do all runs that are not done."
     folder = check_folder(folder).absolute()
-    results = check_folder(folder/'results' if results is None else results).absolute()
-    todo, why = pending(runs, folder, results), {}
-    needed = lambda run: [why[o.id] for o in run.needs if o.id in why]
-    if ray: why = _on_ray(todo, folder, results, ray, num_gpus)
-    elif workers > 1: why = _in_pool(todo, folder, results, workers)
-    else:
-        for run in todo: why[run.id] = _try(run, folder, results, *needed(run))
+    results = check_folder(results or folder/'results').absolute()
+    todo, do = pending(runs, folder, results), partial(_try, folder, results)
+    if ray: why = _on_ray(todo, do, ray, num_gpus)
+    else: why = _in_pool(todo, do, workers) if workers > 1 else _start_all(todo, do)
     return {o.name: why[o.id] for o in todo if why[o.id]}
 
+def _start_all(todo, start) -> dict: # id -> what `start` returns of a run, and of those it needs
+    found = {}
+    for run in todo: found[run.id] = start(run, *[found[o.id] for o in run.needs if o.id in found])
+    return found
+
 # %% ../nbs/28_reproduce.ipynb #9d867e30
-def _in_pool(todo, folder, results, workers) -> dict: # id -> why it failed, or None
-    left, busy, why = list(todo), {}, {}
-    ids = {o.id for o in todo}
-    with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        while left or busy:
-            for run in [o for o in left if all(n.id in why for n in o.needs if n.id in ids)]:
-                needed = [why[n.id] for n in run.needs if n.id in ids]
-                busy[pool.submit(_try, run, folder, results, *needed)] = run
-                left.remove(run)
-            for f in wait(busy, return_when=FIRST_COMPLETED).done: why[busy.pop(f).id] = f.result()
-    return why
+def _in_pool(todo, do, workers) -> dict: # id -> why it failed, or None
+    one_thread_each = get_context('spawn'), torch.set_num_threads, (1,)
+    with (ThreadPoolExecutor(len(todo) + 1) as threads, # each waits for a run
+          ProcessPoolExecutor(workers, *one_thread_each) as pool):
+        wait = lambda run, *needed: pool.submit(do, run, *[o.result() for o in needed]).result()
+        started = _start_all(todo, partial(threads.submit, wait))
+        return {k: o.result() for k,o in started.items()}
 
 # %% ../nbs/28_reproduce.ipynb #957d5943
-def _on_ray(todo, folder, results, address, num_gpus) -> dict: # likewise
+def _on_ray(todo, do, address, num_gpus) -> dict: # likewise
     try: import ray
     except ImportError:
         raise AderError("--ray needs Ray; install it by: pip install 'ader-distill[ray]'") from None
     where = dict(include_dashboard=False) if address == 'local' else dict(address=address)
     ray.init(ignore_reinit_error=True, **where)
-    task, refs = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_try), {}
-    for run in todo:
-        needed = [refs[o.id] for o in run.needs if o.id in refs] # Ray waits for these
-        refs[run.id] = task.remote(run, folder, results, *needed)
+    task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(lambda *args: do(*args))
+    refs = _start_all(todo, task.remote) # Ray waits for what a run needs
     return dict(zip(refs, ray.get(list(refs.values()))))
 
 # %% ../nbs/28_reproduce.ipynb #21acd2c9
 def paper_numbers() -> pd.DataFrame: # percent
     "The numbers of the paper's Tables 1 to 7."
-    return pd.read_csv(Path(ader.__file__).parent/'paper_tables.csv', comment='#')
+    return pd.read_csv(_HERE/'paper_tables.csv', comment='#')
 
-def _known(table:str) -> list[str]: # what is known about the paper's numbers
-    notes = read_json(Path(ader.__file__).parent/'paper_notes.json')
-    return notes.get(table, [])
-
-# %% ../nbs/28_reproduce.ipynb #eac96481
-_WHITE, _BLACK = [*_FOUR, 'AutoAttack'], ['transfer-PGD_sat', 'transfer-CW_inf', 'Square']
-
-_METHODS = ['Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'ADER']
-
-MAPS = dict(none='no maps', clean="clean teacher's maps", robust="adversarial teacher's maps",
-            both='both maps')
-
-def _table(n, data, student, attacks, what, **more):
-    return dict(data=[data], student=student, attacks=attacks, title=f'{student} on {data}, {what}',
-                methods=_METHODS, **more)
-
-# %% ../nbs/28_reproduce.ipynb #8ec8e2c9
-TABLES = dict(
-    table1=dict(data=['CIFAR-10', 'CIFAR-100'], attacks=_WHITE[:3], title='the teachers'),
-    table2=_table(2, 'CIFAR-10', 'ResNet-18', _WHITE, 'white-box'),
-    table3=_table(3, 'CIFAR-100', 'ResNet-18', _WHITE, 'white-box'),
-    table4=_table(4, 'CIFAR-10', 'MobileNet-V2', _WHITE, 'white-box'),
-    table5=_table(5, 'CIFAR-100', 'MobileNet-V2', _WHITE, 'white-box'),
-    table6=_table(6, 'CIFAR-10', 'ResNet-18', _BLACK, 'black-box') | dict(methods=_METHODS[1:]),
-    table7=_table(7, 'CIFAR-100', 'ResNet-18', _BLACK, 'black-box') | dict(methods=_METHODS[1:]),
-    fig2=_table(2, 'CIFAR-10', 'ResNet-18', _WHITE, 'attention maps', maps=['clean', 'both']),
-    fig3=_table(3, 'CIFAR-10', 'ResNet-18', _WHITE, 'attention maps', maps=['robust', 'both']),
-    fig4=_table(4, 'CIFAR-10', 'ResNet-18', _WHITE, 'attention maps', maps=list(MAPS)))
-
-# %% ../nbs/28_reproduce.ipynb #cd06874a
-_small = 'small_resnet:blocks=1,width={},stages=3'
-
-_half = _small + ',stem_stride=2'
-
-_cycle = lambda epochs, wd: one_cycle(epochs, 0.1, 128, 'sgd', wd)
-
-_both = lambda o: dict.fromkeys(['CIFAR-10', 'CIFAR-100'], o)
-
-_cifar = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}
-
-_trades = step_schedule(100, 0.1, [75, 90])
-
-_digits_teacher = _both(('small_resnet:width=24', one_cycle(15, 1e-2)))
-
-# %% ../nbs/28_reproduce.ipynb #080aa5a8
-SCALES = dict(
-    paper=dict(
-        data=_cifar, students={'ResNet-18': 'resnet18', 'MobileNet-V2': 'mobilenet_v2'},
-        clean={'CIFAR-10': ('resnet56', step_schedule(164, 0.1, [82, 123], wd=1e-4)),
-               'CIFAR-100': ('wrn_22_6', step_schedule(200, 0.1, [60, 120, 160], 0.2, wd=5e-4))},
-        robust={'CIFAR-10': ('wrn_34_10', _trades), 'CIFAR-100': ('wrn_70_16', _trades)},
-        schedule=step_schedule(300, 0.1, [215, 260, 285]), evaluate={}, fixed_teachers=True),
-    laptop=dict(
-        data=_cifar, students={'ResNet-18': _half.format(32),
-                               'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
-        clean=_both((_small.format(32), _cycle(12, 5e-4))),
-        robust=_both((_half.format(56), _cycle(8, 5e-4))), schedule=_cycle(8, 2e-4),
-        evaluate=dict(AutoAttack=dict(images=1000), Square=dict(images=1000)), fixed_teachers=True),
-    digits=dict(
-        data=_both('digits'), students={'ResNet-18': 'small_resnet:width=16',
-                                        'MobileNet-V2': 'mobilenet_v2:width_mult=0.25'},
-        clean=_digits_teacher, robust=_digits_teacher, schedule=one_cycle(15, 1e-2),
-        evaluate=dict(AutoAttack=dict(images=500), Square=dict(images=500, queries=1000)),
-        fixed_teachers=False)) # False: each seed has teachers of its own
+MAPS, TABLES, SCALES = read_json(_HERE/'experiments.json').values()
 
 # %% ../nbs/28_reproduce.ipynb #a7faeeb3
-def _shorter(schedule:dict, epochs:int|None) -> dict: # the same in fewer epochs
-    if not epochs: return schedule
-    drops = [d*epochs/schedule['epochs'] for d in schedule.get('drops', [])]
-    return schedule | dict(epochs=epochs) | (dict(drops=drops) if drops else {})
-
-def _attacks_of(scale:dict, attacks:list, robust:Run|None, images:int|None) -> dict:
-    more = lambda a: dict(surrogate=robust) if a.startswith('transfer-') else {}
-    own = lambda a: scale['evaluate'].get(a, {})
-    return {a: own(a) | dict(images=images or own(a).get('images')) | more(a) for a in attacks}
+def _run(table, scale, data, epochs, images, seed, net, method, settings={}, teachers={}) -> Run:
+    s = SCALES[scale]
+    text, given = s[data][net]
+    if epochs and 'drops' in given:
+        given = given | dict(drops=[d*epochs/given['epochs'] for d in given['drops']])
+    make = step_schedule if 'drops' in given else one_cycle
+    schedule = make(**given | dict(epochs=epochs or given['epochs']))
+    def about(attack):
+        surrogate = teachers['robust'] if attack.startswith('transfer-') else None
+        own = s['evaluate'].get(attack, {})
+        return own | dict(images=images or own.get('images'), surrogate=surrogate)
+    evaluate = {a: about(a) for a in (TABLES[table]['attacks'] if teachers else _FOUR)}
+    return Run(method, text, s[data]['data'], schedule, teachers, settings, None, seed, True,
+               evaluate, scale)
 
 # %% ../nbs/28_reproduce.ipynb #f140f27e
 def plan(
@@ -478,31 +366,18 @@ def plan(
     images:int|None=None # test images for every attack; default: the scale's
 ) -> list[tuple[str,str,Run]]: # data set of the paper, defense, run
     "The rows of a table, each with its run."
-    for o,known in ((table, TABLES), (scale, SCALES)):
-        if o not in known: raise AderError(f'there are {", ".join(known)}, not {o!r}')
-    t, s, rows = TABLES[table], SCALES[scale], []
-    for data,seed in [(d, i) for d in t['data'] for i in seeds]:
-        def make(method, net, schedule, attacks, seed=seed, teachers={}, **settings):
-            evaluate = _attacks_of(s, attacks, teachers.get('robust'), images)
-            return Run(method, net, s['data'][data], _shorter(schedule, epochs), teachers, settings,
-                       seed=seed, evaluate=evaluate, scale=scale)
-        first = seeds[0] if s['fixed_teachers'] else seed
-        teachers = dict(clean=make('Natural', *s['clean'][data], _WHITE[:4], first),
-                        robust=make('TRADES', *s['robust'][data], _WHITE[:4], first))
-        if table == 'table1':
-            roles = {'Clean teacher': 'clean', 'Adversarial teacher': 'robust'}
-            rows += [(data, k, teachers[o]) for k,o in roles.items()]
-            continue
-        student = partial(make, net=s['students'][t['student']], schedule=s['schedule'],
-                          attacks=t['attacks'], teachers=teachers)
-        of_maps = lambda m: student('ADER', **({} if m == 'both' else dict(attention=m)))
-        if 'maps' in t: rows += [(data, m, of_maps(m)) for m in t['maps']]
-        else: rows += [(data, m, student(m)) for m in [*t['methods'], 'MTARD', 'ADERPlus']]
-    names, wanted = dict.fromkeys(r[1] for r in rows), [o.lower() for o in only or []]
-    for o in only or []:
-        if o.lower() not in [n.lower() for n in names]:
-            raise AderError(f'{table} has no {o}; it has {", ".join(names)}')
-    return [r for r in rows if not only or r[1].lower() in wanted]
+    _one_of('a table', table, TABLES)
+    _one_of('a scale', scale, SCALES)
+    t, rows = TABLES[table], []
+    for o in only or []: _one_of(f'a defense of {table}', o, t['rows'])
+    for data,seed in product(t['data'], seeds):
+        make = partial(_run, table, scale, data, epochs, images)
+        first = seeds[0] if SCALES[scale]['fixed_teachers'] else seed
+        teachers = {r: make(first, r, m) for r,m in dict(clean='Natural', robust='TRADES').items()}
+        for k,(net, *how) in t['rows'].items():
+            run = teachers[net] if net in teachers else make(seed, net, *how, teachers)
+            if not only or k in only: rows.append((data, k, run))
+    return rows
 
 # %% ../nbs/28_reproduce.ipynb #2672b127
 def runs(table:str, scale:str='digits', **kwargs) -> list[Run]: # see `plan`
@@ -512,124 +387,99 @@ def runs(table:str, scale:str='digits', **kwargs) -> list[Run]: # see `plan`
 # %% ../nbs/28_reproduce.ipynb #ba6e6959
 _STEPS = dict(FGSM=1, PGD_sat=20, PGD_trades=20, CW_inf=30, AutoAttack=2000, Square=1700) # an image
 
-class _Stop(Callback): # ends a fit after a few steps
-    order = 100
-    def before_fit(self): self.at = []
-    def after_batch(self):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        self.at.append(time.perf_counter())
-        if len(self.at) > 2: raise CancelFitException
-
 # %% ../nbs/28_reproduce.ipynb #f9761f78
-def estimate(run:Run) -> tuple[float,float]: # seconds of training, seconds of evaluation
+def _seconds(run:Run) -> tuple[float,float]: # of training, of evaluation
     "About how long a run takes here, from a few steps with untrained teachers."
-    def fresh(t):
-        net = net_from_text(t.net, dls)
-        net = add_attention(net) if t.attention else net
-        net.metadata = dict(verified=dict(roles=['clean', 'robust'])) # no remark about it
-        return net.to(dls.train.dataset.x.device)
-    with _threads(run):
-        dls = _data(run)
-        method, net, _ = _prepare(run, fresh)
-        stop = _Stop()
-        learn = Learner(dls, net, cbs=[method, stop])
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-6)
-        x, y = next(iter(dls.test))
-        x, y, copy = x[:32], y[:32], FrozenCopy(net.eval(), x[:32], 'float32')
-        attack = lambda n: PGD(Threat(run.eps), n)(copy, x, y).sum().item()
-        attack(1)
-        start = time.perf_counter()
-        attack(3)
-        one = (time.perf_counter() - start)/3/len(x)
-    step, n = (stop.at[-1] - stop.at[0])/2, len(dls.test.dataset)
+    dls, at, stop = _data(run), [], Callback()
+    def after_batch():
+        at.append((learn.loss.item(), time.perf_counter())) # the loss: when the GPU is done
+        if len(at) > 2: raise CancelFitException
+    stop.after_batch = after_batch
+    method, net = _prepare(run, dls, lambda t: add_attention(net_from_text(t.net, dls)))
+    learn = Learner(dls, net, cbs=[method, stop])
+    with learn.no_bar(), learn.no_logging(), redirect_stdout(None): learn.fit(1, 1e-6)
+    x, y = (o[:32] for o in next(iter(dls.test)))
+    copy, start = FrozenCopy(net.eval(), x, 'float32'), time.perf_counter()
+    PGD(Threat(run.eps), 4)(copy, x, y).sum().item()
+    one, n = (time.perf_counter() - start)/4/len(x), len(dls.test.dataset)
     attacked = 0.1 if run.method == 'Natural' else 0.6 # images that are still correct, on average
-    passes = sum(_STEPS[a.removeprefix('transfer-')]*(o.get('images') or n)
-                 for a,o in run.evaluate.items())
-    epoch = len(dls.train)*step + len(dls.valid.dataset)*12*one
-    return run.schedule['epochs']*epoch, (attacked*passes + n)*one
+    steps = sum(_STEPS[a.removeprefix('transfer-')]*o.get('images', n)
+                for a,o in run.evaluate.items())
+    epoch = len(dls.train)*(at[2][1] - at[0][1])/2 + len(dls.valid.dataset)*12*one
+    return run.schedule['epochs']*epoch, (attacked*steps + n)*one
 
 # %% ../nbs/28_reproduce.ipynb #a30dcfca
-def dry_run(runs:list, folder:str|Path, results:str|Path) -> pd.DataFrame: # a row a run
-    "What is to be done, and about how long it takes here."
-    rows, known, left = [], {}, {o.id for o in pending(runs, folder, results)}
-    minutes = lambda s: f'{s/3600:.1f} h' if s > 3600 else f'{s/60:.1f} min'
-    for run in in_order(runs):
-        nets = [run.net, *[t.net for t in run.teachers.values()]]
-        key = json.dumps([run.data, run.method, run.settings, nets])
-        if run.id in left and key not in known: known[key] = estimate(run)
-        training, evaluation = known[key] if run.id in left else (0, 0)
-        if _is_trained(run, folder): training = 0
-        rows.append((run.name, run.net, run.id not in left, training, evaluation))
-        state = f'{minutes(training)} + {minutes(evaluation)}' if run.id in left else 'done'
-        print(f'{run.name:45s} {run.net:40s} {state}', flush=True)
-    d = pd.DataFrame(rows, columns=['run', 'net', 'done', 'training', 'evaluation'])
-    total = minutes(d.training.sum() + d.evaluation.sum())
-    print(f'{len(d)} runs, {d.done.sum()} done; the rest takes about {total}, one after another')
+def estimate(runs:list, folder:str|Path, results:str|Path) -> pd.DataFrame: # a row a run: minutes
+    "What is still to be done, and about how long it takes here."
+    rows, n = [], len(in_order(runs))
+    for run in pending(runs, folder, results):
+        training, evaluation = (s/60 for s in _seconds(run))
+        rows.append((run.name, run.net, 0 if _is_trained(run, folder) else training, evaluation))
+        print('{:45s} {:40s} {:.1f} + {:.1f} min'.format(*rows[-1]), flush=True)
+    d = pd.DataFrame(rows, columns=['run', 'net', 'training', 'evaluation'])
+    hours = (d.training + d.evaluation).sum()/60
+    print(f'{n} runs, {n - len(d)} done; the rest takes about {hours:.1f} h, one after another')
     return d
 
 # %% ../nbs/28_reproduce.ipynb #28c4f3c2
-def _cell(rows:list) -> str: # rows of one attack, one for each seed: percent
+def _cell(records, attack:str) -> str: # percent, of records that differ in the seed
+    rows = [r[attack] for r in records if r[attack]]
     if not rows: return '—'
     acc, one = pd.Series([100*o['accuracy'] for o in rows]), rows[0]
     ci = 50*(one['high'] - one['low']) if len(acc) == 1 else acc.std()
     return f'{acc.mean():.2f} ± {ci:.2f}'
 
-def _cells(records:list, attack:str) -> str: return _cell([r[attack] for r in records if r[attack]])
+def _found(table, scale, records, **kwargs) -> dict: # (data, defense) -> records by id
+    found = {}
+    for *row,run in plan(table, scale, **kwargs):
+        there = found.setdefault(tuple(row), {})
+        if run.id in records: there[run.id] = records[run.id]
+    return found
 
 # %% ../nbs/28_reproduce.ipynb #87e5fa78
 def make_table(
-    table:str, scale:str, # see `plan`
-    records:dict, # from `read_records`
+    table:str, scale:str, records:dict, # see `plan`; `records` from `read_records`
     **kwargs # see `plan`
 ) -> pd.DataFrame: # a row an attack and defense: the paper's clean and robust accuracy, and ours
     "The paper's table with ours beside it."
-    paper, rows, t, out = paper_numbers(), plan(table, scale, **kwargs), TABLES[table], []
-    names = {'transfer-PGD_sat': 'PGD-20', 'transfer-CW_inf': 'CW_inf'}
-    for data,attack in [(d, a) for d in t['data'] for a in t['attacks']]:
-        for defense in dict.fromkeys(r[1] for r in rows if r[0] == data):
-            ids = dict.fromkeys(r.id for d,o,r in rows if (d, o) == (data, defense))
-            found = [records[k] for k in ids if k in records]
-            p = paper[(paper.table.astype(str) == table[5:]) & (paper.dataset == data) &
-                      (paper.attack == names.get(attack, attack)) & (paper.defense == defense)]
-            theirs = [f'{p[k].values[0]:.2f}' if len(p) else '—' for k in ('clean', 'robust')]
-            ours = _cells(found, 'clean'), _cells(found, attack)
-            out.append((data, attack, defense, *theirs, *ours))
-    ours = [f'ours ({scale}): {o}' for o in ('clean', 'robust')]
-    columns = ['data', 'attack', 'defense', 'paper: clean', 'paper: robust', *ours]
-    d = pd.DataFrame(out, columns=columns)
+    names, t = {'transfer-PGD_sat': 'PGD-20', 'transfer-CW_inf': 'CW_inf'}, TABLES[table]
+    paper = {(o.dataset, o.attack, o.defense): (f'{o.clean:.2f}', f'{o.robust:.2f}')
+             for o in paper_numbers().itertuples() if f'table{o.table}' == table}
+    def row(attack, data, defense, found):
+        theirs = paper.get((data, names.get(attack, attack), defense), ('—', '—'))
+        return data, attack, defense, *theirs, _cell(found, 'clean'), _cell(found, attack)
+    found = _found(table, scale, records, **kwargs).items()
+    rows = [row(a, *k, o.values()) for d,a in product(t['data'], t['attacks'])
+            for k,o in found if k[0] == d]
+    columns = [f'{who}: {o}' for who in ('paper', f'ours ({scale})') for o in ('clean', 'robust')]
+    d = pd.DataFrame(rows, columns=['data', 'attack', 'defense', *columns])
     return d if len(t['data']) > 1 else d.drop(columns='data')
 
 # %% ../nbs/28_reproduce.ipynb #3e1c6112
 def overview(records, attacks:list|None=None) -> pd.DataFrame: # percent
     "A row a record, a column an attack."
-    records = list(records.values()) if isinstance(records, dict) else list(records)
+    records = list(records.values() if isinstance(records, dict) else records)
     attacks = attacks or list(dict.fromkeys(o['attack'] for r in records for o in r.robustness))
-    about = lambda r: dict(
-        method=r.run.method, settings=json.dumps(r.run.settings), network=r.run.net,
-        epochs=r.run.schedule['epochs'], seed=r.run.seed, data=r.source['data'])
-    return pd.DataFrame([about(r) | {a: _cells([r], a) for a in attacks} for r in records])
+    rows = [(r.run.method, json.dumps(r.run.settings), r.run.net, r.run.schedule['epochs'],
+             r.run.seed, r.source['data'], *[_cell([r], a) for a in attacks]) for r in records]
+    about = ['method', 'settings', 'network', 'epochs', 'seed', 'data']
+    return pd.DataFrame(rows, columns=about + attacks)
 
 # %% ../nbs/28_reproduce.ipynb #725ee8fe
 def _provenance(records:list) -> str:
-    every = lambda f: ', '.join(dict.fromkeys(str(f(r)) for r in records))
-    commit = lambda r: (r.code.get('commit', r.code['version'])[:10]
-                        + ' (changed)'*r.code.get('dirty', False))
-    judged = dict.fromkeys((o['images'], o['attack']) for r in records for o in r.robustness)
-    images = ', '.join(f'{n:,} for {"/".join(a for k,a in judged if k == n)}'
-                       for n in dict.fromkeys(k for k,_ in judged))
+    code = [r.code.get('commit', r.code['version'])[:10] + ' (changed)'*r.code.get('dirty', False)
+            for r in records]
+    about = [(round(r.run.eps, 4), r.device, r.precision) for r in records]
+    d = overview(records).join(pd.DataFrame(about, columns=['eps', 'device', 'precision']))
+    o = d.assign(code=code).astype(str).agg(lambda c: ', '.join(c.unique()))
+    judged = pd.DataFrame([o for r in records for o in r.robustness]).groupby('images', sort=False)
+    images = ', '.join(f'{n:,} for {"/".join(o.attack.unique())}' for n,o in judged)
     teachers = ', '.join(dict.fromkeys(t.net for r in records for t in r.run.teachers.values()))
-    return (f'Data: {every(lambda r: r.source["data"])}. Networks: {every(lambda r: r.run.net)}'
-            f'{"; teachers: " * bool(teachers)}{teachers}. '
-            f'Epochs: {every(lambda r: r.run.schedule["epochs"])}. '
-            f'ε = {every(lambda r: round(r.run.eps, 4))}. Seeds: {every(lambda r: r.run.seed)}. '
-            f'Test images: {images}. On {every(lambda r: r.device)}, trained in '
-            f'{every(lambda r: r.precision)}, evaluated in float32, code {every(commit)}.')
-
-# %% ../nbs/28_reproduce.ipynb #ac51a9d2
-_SCALED = dict(
-    paper="at the paper's scale",
-    digits="on scikit-learn's digits, NOT the experiment of the paper",
-    laptop='at laptop scale: small networks, few epochs, NOT the experiment of the paper')
+    return (f'Data: {o.data}. Networks: {o.network}{"; teachers: " * bool(teachers)}{teachers}. '
+            f'Epochs: {o.epochs}. ε = {o.eps}. Seeds: {o.seed}. Test images: {images}. '
+            f'On {o.device}, trained in {o.precision}, evaluated in float32, code {o.code}. '
+            '± is the 95% CI of the test images where there is one seed, the standard deviation '
+            'between seeds where there are several.')
 
 # %% ../nbs/28_reproduce.ipynb #736d12bb
 def table_markdown(
@@ -638,53 +488,43 @@ def table_markdown(
     **kwargs # see `plan`
 ) -> str:
     "The table with heading, provenance, known problems, and links to its records."
-    d, rows = make_table(table, scale, records, **kwargs), plan(table, scale, **kwargs)
-    found = {r.id: records[r.id] for *_,r in rows if r.id in records}.values()
-    doubts = [f'{r.run.name} failed a sanity check: {c["found"]}'
+    d, t = make_table(table, scale, records, **kwargs), TABLES[table]
+    ids = dict.fromkeys(r.id for *_,r in plan(table, scale, **kwargs))
+    found = [records[k] for k in ids if k in records]
+    notes = [f"- About the paper's numbers: {o}" for o in t['notes']]
+    doubts = [f'- {r.run.name} failed a sanity check: {c["found"]}'
               for r in found for c in r.checks if not c['ok']]
-    title = f'{dict(table="Table", fig="Fig.")[table[:-1]]} {table[-1]} of the paper'
-    lines = [f'**{title} ({TABLES[table]["title"]}), and beside it our runs {_SCALED[scale]}**',
-             markdown_table(d.set_index(d.columns[0])),
-             f'{_provenance(list(found))} ± is the 95% CI of the test images where there is one '
-             'seed, the standard deviation between seeds where there are several.' if found
-             else 'There are no records of our runs yet.']
-    lines += [f"- About the paper's numbers: {o}" for o in _known(table)]
-    lines += [f'- {o}' for o in doubts]
     names = ', '.join(f'[{r.run.name}]({link(r.run.name)})' for r in found)
-    if names: lines.append(f'Records: {names}')
+    lines = [f'**{t["title"]}, and beside it our runs {SCALES[scale]["title"]}**',
+             markdown_table(d.set_index(d.columns[0])),
+             _provenance(found) if found else 'There are no records of our runs yet.',
+             *notes, *doubts, *[f'Records: {names}']*bool(found)]
     return '\n\n'.join(lines) + '\n'
 
 # %% ../nbs/28_reproduce.ipynb #a89a2ba1
-def plot_table(
-    table:str, scale:str, records:dict, # see `make_table`
-    attack:str='PGD_sat', # on the vertical axis
-    **kwargs # see `plan`
-): # -> matplotlib axes
-    "Clean against robust accuracy, a point a run; up and to the right is better."
+def plot_table(table:str, scale:str, records:dict, attack='PGD_sat', **kwargs): # see `make_table`
+    "Clean accuracy against that under `attack`, a point a run; up and to the right is better."
     import matplotlib.pyplot as plt
     _, ax = plt.subplots(figsize=(6, 3.8))
-    colors = {}
-    for _,name,run in plan(table, scale, **kwargs):
-        x, y = (records[run.id][a] if run.id in records else None for a in ('clean', attack))
-        if not x or not y: continue
-        error = lambda o: [[100*(o['accuracy'] - o['low'])], [100*(o['high'] - o['accuracy'])]]
-        label = MAPS.get(name, name) if name not in colors else None
-        color = colors.setdefault(name, f'C{len(colors)}')
-        ax.errorbar(100*x['accuracy'], 100*y['accuracy'], error(y), error(x), 'o', color=color,
-                    label=label)
+    for (_, name),o in _found(table, scale, records, **kwargs).items():
+        rows = [(r['clean'], r[attack]) for r in o.values() if r[attack]]
+        if not rows: continue
+        x, y = (100*pd.DataFrame(c)[['accuracy', 'low', 'high']] for c in zip(*rows))
+        xerr, yerr = ((c.accuracy - c.low, c.high - c.accuracy) for c in (x, y))
+        ax.errorbar(x.accuracy, y.accuracy, yerr, xerr, 'o', label=MAPS.get(name, name))
     ax.set(xlabel='clean accuracy (%)', ylabel=f'accuracy, {attack} (%)',
            title=f'{table}, {scale} scale')
-    if colors: ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    if ax.containers: ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return ax
 
 # %% ../nbs/28_reproduce.ipynb #9ada7392
 def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict:
-    try: seeds = tuple(int(o) for o in str(seeds).split(','))
-    except ValueError: raise AderError(f'--seeds is like 0 or 0,1,2, got {seeds!r}') from None
-    if min(seeds) < 0: raise AderError('--seeds must not be negative')
-    if any(o is not None and o < 1 for o in (epochs, images)):
-        raise AderError('--epochs and --images must be at least 1')
-    return dict(seeds=seeds, only=only.split(',') if only else None, epochs=epochs, images=images)
+    bad = any(o is not None and o < 1 for o in (epochs, images))
+    if bad or not re.fullmatch(r'\d+(,\d+)*', seeds): raise AderError(
+        f'--seeds is like 0 or 0,1,2, and --epochs and --images at least 1; got {seeds!r}, '
+        f'{epochs}, {images}')
+    seeds, only = tuple(map(int, seeds.split(','))), only and only.split(',')
+    return dict(seeds=seeds, only=only, epochs=epochs, images=images)
 
 def _tables(table:str) -> list[str]: return list(TABLES) if table == 'all' else table.split(',')
 
@@ -701,19 +541,16 @@ def ader_reproduce(
     num_gpus:float=0, # GPUs of each run on Ray
     dry_run:bool=False, # only say what would be run, and about how long it takes here
     epochs:int=None, # of every training, to try things out; default: the scale's
-    images:int=None, # test images for every attack, to try things out; default: the scale's
-    threads:int=0 # CPU threads of this process; 0: as many as torch takes
+    images:int=None # test images for every attack, to try things out; default: the scale's
 ):
     "Train and evaluate what a table of the paper needs and has no record yet, and draw the table."
     options = _options(seeds, only, epochs, images)
     todo = [r for t in _tables(table) for r in runs(t, scale, **options)]
-    if threads: torch.set_num_threads(threads)
-    if dry_run: return globals()['dry_run'](todo, folder, results)
+    if dry_run: return estimate(todo, folder, results)
     failed = run_all(todo, folder, results, workers, ray, num_gpus)
     ader_table(table, scale, only, seeds, results, epochs, images)
-    if failed:
-        why = '; '.join(f'{k} ({v})' for k,v in failed.items())
-        raise AderError(f'{len(failed)} runs failed: {why}')
+    why = '; '.join(f'{k} ({v})' for k,v in failed.items())
+    if failed: raise AderError(f'{len(failed)} runs failed: {why}')
 
 # %% ../nbs/28_reproduce.ipynb #c784c003
 def ader_table(

@@ -28,7 +28,8 @@ def done(tmp_path_factory):
 
 def test_a_run_survives_json():
     r = student(evaluate=FEW | {'transfer-PGD_sat': dict(surrogate=student().teachers['robust'])})
-    assert Run.from_dict(json.loads(json.dumps(asdict(r)))) == r
+    again = Run(**json.loads(json.dumps(asdict(r))))
+    assert again == r and asdict(again) == asdict(r)
     assert [o.method for o in r.needs] == ['Natural', 'TRADES', 'TRADES']
 
 @pytest.mark.parametrize('change', [dict(seed=1), dict(settings={}), dict(eps=0.1), dict(net='small_resnet'),
@@ -44,7 +45,8 @@ def test_what_decides_nothing_does_not():
 
 @pytest.mark.parametrize('kw,match', [
     (dict(method='Magic'), 'method must be one of'), (dict(method='ADER'), 'needs a clean teacher'),
-    (dict(method='SAT', settings=dict(omega=1)), "SAT has no setting 'omega'")])
+    (dict(method='SAT', settings=dict(omega=1)), "SAT has no setting 'omega'"),
+    (dict(method='SAT', evaluate=dict(PGD={})), "an attack is one of FGSM, .*, not 'PGD'")])
 def test_a_run_that_can_not_be(kw, match):
     with pytest.raises(AderError, match=match): Run(net='small_resnet', **kw)
 
@@ -109,7 +111,7 @@ def before_train(self):
     old(self)
     if self.epoch == 2: os.kill(os.getpid(), signal.SIGKILL)
 PrintEpochs.before_train = before_train
-run_one(Run.from_dict(json.loads(sys.argv[1])), sys.argv[2])'''
+run_one(Run(**json.loads(sys.argv[1])), sys.argv[2])'''
     argv = [sys.executable, '-W', 'ignore', '-c', kill, json.dumps(asdict(run)), tmp_path/'a']
     assert subprocess.run(argv, capture_output=True).returncode == -signal.SIGKILL
     assert len(list((tmp_path/'a').rglob('*.ckpt'))) == 2
@@ -160,8 +162,8 @@ def test_a_table_from_records_alone():
     assert 'no records' in table_markdown('table2', 'paper', records)
 
 @pytest.mark.parametrize('kw,match', [
-    (dict(table='table8'), 'there are table1'), (dict(scale='huge'), 'there are paper'),
-    (dict(only='ADR'), 'table2 has no ADR'), (dict(seeds='x'), '--seeds is like'),
+    (dict(table='table8'), 'table is one of table1'), (dict(scale='huge'), 'scale is one of paper'),
+    (dict(only='ADR'), "not 'ADR'"), (dict(seeds='x'), '--seeds is like'), (dict(seeds='-1'), "'-1'"),
     (dict(epochs=0), 'at least 1')])
 def test_wrong_input(kw, match, tmp_path):
     with pytest.raises(AderError, match=match):
