@@ -79,7 +79,7 @@ def test_what_the_adversary_climbs(net, small):
     x, y = learn.dls.train.one_batch()
     m.attack_student = lambda x, target: seen.append(target) or x
     m.adversary(x, y)
-    torch.testing.assert_close(seen[0], m.targets(x, x)[1].logits)
+    torch.testing.assert_close(seen[0], m.targets(x, x, y)[1].logits)
     assert m.attack.loss == 'kl'
     with pytest.raises(AderError, match="inner_loss must be one of 'ce', 'kl'"): ADERPlus(net(), net(), inner_loss='cw')
 

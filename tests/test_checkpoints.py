@@ -445,7 +445,8 @@ def test_another_description_is_refused_or_fits(saved, key, value):
 
 def test_what_cannot_be_saved_or_loaded(saved, tmp_path):
     path = saved[0]
-    with pytest.raises(AderError, match='no config'): save(nn.Linear(2,2), tmp_path/'x')
+    save(nn.Linear(2, 2), tmp_path/'x') # which doesn't say how it is built
+    with pytest.raises(AderError, match='into=net'): load(tmp_path/'x')
     with pytest.raises(AderError, match='there is no file'): load(tmp_path/'nobody')
     with pytest.raises(AderError, match='do not make a network'):
         load(path, into=add_attention(small_resnet(width=8)))
