@@ -402,6 +402,10 @@ def check_teacher(
     summary = '\n'.join(f'As the {name.get(k, k)} teacher: {"yes" if ok else "NO"}. {why}.'
                         for k,(ok,why) in found.items())
     roles = [k for k,(ok,_) in found.items() if ok]
+    expected = getattr(teacher, 'metadata', {}).get('accuracy') # that its file came with
+    if expected is not None and not d.low[0] - 0.01 <= expected <= d.high[0] + 0.01:
+        summary += (f'\nIt was published with {expected:.1%} and has {d.accuracy[0]:.1%} here: are '
+                    'normalisation, activation, strides and order of classes as they were?')
     about = dict(data=data_facts(dl)[0], images=len(y), seed=seed,
                  threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary)
     teacher.metadata = getattr(teacher, 'metadata', {})

@@ -98,7 +98,7 @@ def from_published(
     net:Net, # with the classes, channels and variant of the published one
     path:str|Path, # a file of weights
     mean:float|list[float]|None=None, std:float|list[float]|None=None, # see `load_published`
-    **metadata # more of it, for example data='CIFAR-10', image=[3,32,32]
+    **metadata # such as data='CIFAR-10', image=[3,32,32], accuracy=0.84 for `check_teacher`
 ) -> Net: # filled, in evaluation mode
     "A teacher from weights published elsewhere; the file it came from stays known."
     load_published(net, path, mean, std).eval()
@@ -311,14 +311,15 @@ def from_robustbench(
     folder:str|Path='models' # of RobustBench's weights; a file that is there is not downloaded
 ) -> nn.Module: # in evaluation mode, with `metadata`; `attach_attention` gives it attention
     "A network from RobustBench's zoo, with its weights."
-    _zoo_entry(name, dataset, threat) # refuses an unknown name
-    file = Path(folder)/dataset/threat/f'{name}.pt'
+    entry = _zoo_entry(name, dataset, threat) # refuses an unknown name
+    file = f'put the file at {Path(folder)/dataset/threat/name}.pt; if that is damaged, remove it'
+    if isinstance(entry, partial): file = 'timm loads this one from the Hub into its cache'
     try:
         with _weights_only(): net = _robustbench().load_model(name, folder, dataset, threat).eval()
     except Exception as e: # downloading, reading and filling all raise in their own ways
         raise AderError(
             f'RobustBench could not load {name} ({type(e).__name__}: {str(e)[:200]}). If it is the '
-            f'download, put the file at {file}; if that is damaged, remove it') from None
+            f'download, {file}') from None
     net.config = dict(arch='robustbench', name=name, dataset=dataset, threat=threat)
     eps, own = _ZOO_EPS.get((dataset, threat)), importlib.metadata.version('robustbench')
     net.metadata = dict(

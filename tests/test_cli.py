@@ -231,3 +231,20 @@ def test_which_images_were_fooled(tmp_path):
         i, c = f.stem.split('-')[:2]
         row = t.iloc[int(i)]
         assert str(row['class']) == c and row.clean == 1 and row.PGD_sat == 0
+
+def test_grey_images_for_a_grey_network(tmp_path):
+    "The channels that the network asks for are those of the images."
+    stripes(tmp_path/'grey', dict(a=2, b=6), n=8, size=32)
+    argv = ['--data', tmp_path/'grey', '--net', 'small_resnet:in_channels=1,width=4', '--epochs', 1]
+    assert run('ader_teach', *argv, '--method', 'natural', '--out', tmp_path/'t') == 0
+    assert load(tmp_path/'t'/'teacher').metadata['image'] == [1, 32, 32]
+
+def test_a_learner_s_own_student_is_exported(tmp_path):
+    from fastai.learner import Learner
+    from ader.attention import add_attention
+    from ader.training import Natural
+    learn = Learner(digits(device='cpu'), add_attention(small_resnet(width=4)), cbs=Natural())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    save(learn.model, tmp_path/'student')
+    argv = [tmp_path/'student', '--onnx', '--data', 'digits', '--out', tmp_path/'out']
+    assert run('ader_export', *argv) == 0 and (tmp_path/'out'/'student.onnx').is_file()

@@ -351,3 +351,27 @@ def test_targeted(d):
         assert reach(a, target) > 0.6 > 0.4 > reach(PGD(T, 10), y)
         T.check(a(net, x, target), x)
     with refused('away from labels'): evaluate(net, d.test, [PGD(T, targeted=True)], images=5, **quiet)
+
+# --- what is known is read
+
+def test_a_published_accuracy_is_compared(d):
+    "Weights that load and answer wrongly are noticed."
+    net = teach('natural', small_resnet(width=4), d, 3, **quiet)
+    clean = check_teacher(net, d.test, T, **quiet).scores.accuracy[0]
+    for accuracy,says in ((clean, False), (clean - 0.3, True)):
+        net.metadata['accuracy'] = accuracy
+        assert ('It was published with' in check_teacher(net, d.test, T, **quiet).summary) == says
+
+def test_the_average_of_the_best_epoch(d):
+    "The weights, the scores and the epoch belong together; an unknown metric is refused."
+    from fastai.callback.core import Callback
+    class Spy(Callback):
+        order, seen = 70, []
+        def after_epoch(self): self.seen.append((self.recorder.log[1:], self.weight_ema.mean.module.state_dict()['head.2.bias'].clone()))
+    ema, spy = WeightEMA(0.9, 'clean'), Spy()
+    learn = train(SAT(steps=1), small_resnet(width=4), d, 4, cbs=[ema, spy], **quiet)
+    k = learn.recorder.metric_names[1:-1].index('clean')
+    best = max(range(4), key=lambda i: spy.seen[i][0][k])
+    assert torch.equal(learn.model.state_dict()['head.2.bias'], spy.seen[best][1])
+    assert learn.model.metadata['valid']['clean'] == pytest.approx(spy.seen[best][0][k])
+    with refused('WeightEMA can monitor'): fit(d, [SAT(steps=1), WeightEMA(0.9, 'dirty')])
