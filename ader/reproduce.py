@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'TABLES', 'SCALES', 'one_cycle', 'step_schedule', 'Run', 'in_order', 'Record', 'read_records', 'load_net',
-           'run_one', 'pending', 'run_all', 'paper_numbers', 'plan', 'runs', 'estimate', 'make_table', 'overview',
-           'table_markdown', 'plot_table', 'ader_reproduce', 'ader_table']
+           'run_one', 'pending', 'run_all', 'paper_numbers', 'plan', 'runs', 'measure_seconds', 'estimate',
+           'make_table', 'overview', 'table_markdown', 'plot_table', 'ader_reproduce', 'ader_table']
 
 # %% ../nbs/28_reproduce.ipynb #aecfd26e
 import ader.attacks, ader.weighting, hashlib, json, platform, re, subprocess, time, torch
@@ -388,24 +388,29 @@ def runs(table:str, scale:str='digits', **kwargs) -> list[Run]: # see `plan`
 _STEPS = dict(FGSM=1, PGD_sat=20, PGD_trades=20, CW_inf=30, AutoAttack=2000, Square=1700) # an image
 
 # %% ../nbs/28_reproduce.ipynb #f9761f78
-def _seconds(run:Run) -> tuple[float,float]: # of training, of evaluation
-    "About how long a run takes here, from a few steps with untrained teachers."
-    dls, at, stop = _data(run), [], Callback()
+def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a step on one image
+    "From a few steps of training and of an attack; afterwards the network is no longer new."
+    at, stop = [], Callback()
     def after_batch():
         at.append((learn.loss.item(), time.perf_counter())) # the loss: when the GPU is done
         if len(at) > 2: raise CancelFitException
     stop.after_batch = after_batch
-    method, net = _prepare(run, dls, lambda t: add_attention(net_from_text(t.net, dls)))
     learn = Learner(dls, net, cbs=[method, stop])
-    with learn.no_bar(), learn.no_logging(), redirect_stdout(None): learn.fit(1, 1e-6)
+    with learn.no_bar(), learn.no_logging(), redirect_stdout(None): learn.fit(3, 1e-6)
     x, y = (o[:32] for o in next(iter(dls.test)))
     copy, start = FrozenCopy(net.eval(), x, 'float32'), time.perf_counter()
-    PGD(Threat(run.eps), 4)(copy, x, y).sum().item()
-    one, n = (time.perf_counter() - start)/4/len(x), len(dls.test.dataset)
+    PGD(method.attack.threat, 4)(copy, x, y).sum().item()
+    one = (time.perf_counter() - start)/4/len(x)
+    return len(dls.train)*(at[2][1] - at[0][1])/2 + len(dls.valid.dataset)*12*one, one
+
+def _seconds(run:Run) -> tuple[float,float]: # of training, of evaluation
+    "About how long a run takes here, with untrained teachers."
+    dls = _data(run)
+    method, net = _prepare(run, dls, lambda t: add_attention(net_from_text(t.net, dls)))
+    (epoch, one), n = measure_seconds(method, net, dls), len(dls.test.dataset)
     attacked = 0.1 if run.method == 'Natural' else 0.6 # images that are still correct, on average
     steps = sum(_STEPS[a.removeprefix('transfer-')]*o.get('images', n)
                 for a,o in run.evaluate.items())
-    epoch = len(dls.train)*(at[2][1] - at[0][1])/2 + len(dls.valid.dataset)*12*one
     return run.schedule['epochs']*epoch, (attacked*steps + n)*one
 
 # %% ../nbs/28_reproduce.ipynb #a30dcfca

@@ -20,7 +20,7 @@ def run(command, *argv):
 
 # Every command
 
-COMMANDS = ['demo', 'teach', 'distill', 'evaluate', 'export', 'reproduce', 'table', 'bench']
+COMMANDS = ['demo', 'fit', 'teach', 'distill', 'evaluate', 'export', 'reproduce', 'table', 'bench']
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help(name, capsys):
