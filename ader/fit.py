@@ -29,15 +29,16 @@ from fastai.callback.core import Callback
 # %% ../nbs/30_fit.ipynb #e7c65096
 def describe(dls) -> str:
     "Numbers, sizes, classes and balance of the images of `dls`."
-    sets = {k: o.dataset for k,o in dict(training=dls.train, validation=dls.valid, test=dls.test).items()}
-    first, n = sets['training'], ', '.join(f'{len(o):,} {k}' for k,o in sets.items())
+    first = dls.train.dataset
+    sets = dict(training=dls.train, validation=dls.valid, test=dls.test)
+    n = ', '.join(f'{len(o.dataset):,} {k}' for k,o in sets.items())
     count = first.y.bincount(minlength=len(first.classes)).tolist()
     channels, h, w = first.x.shape[1:]
     line = (f'{first.name}: {n} images, {h}×{w} {"grey" if channels == 1 else "colour"}, '
             f'{len(count)} classes of {min(count):,} to {max(count):,} training images')
     if max(count) > 3*min(count):
         small = first.classes[count.index(min(count))]
-        line += f'\nThe classes are unbalanced; expect less for {small!r}, and look at its row of the report'
+        line += f'\nThe classes are unbalanced; expect less for {small!r}; see its row of the page'
     return line
 
 # %% ../nbs/30_fit.ipynb #6c2913bb
@@ -79,7 +80,7 @@ def _net_text(width:int, side:int) -> str: # for images of `side` pixels
 
 def _fresh(text:str, dls, seed:int=0): # -> network with attention, on the device of the images
     seed_everything(seed)
-    return add_attention(net_from_text(text, dls)).to(dls.train.dataset.x.device)
+    return add_attention(net_from_text(text, dls)).to(dls.device)
 
 def _method(part:str, name:str, teachers:dict, threat:Threat): # of a part of the plan
     inner = dict(threat=threat, steps=2, step_size=5/8*threat.eps)
@@ -93,7 +94,8 @@ def plan_nets(
 ) -> dict[str,str]: # part -> network
     "The widest networks of which a student can be trained for fifteen epochs."
     side = dls.train.dataset.x.shape[-1]
-    epoch, _ = measure_seconds(_method('robust', '', {}, threat), _fresh(_net_text(16, side), dls), dls)
+    net = _fresh(_net_text(16, side), dls)
+    epoch, _ = measure_seconds(_method('robust', '', {}, threat), net, dls)
     epochs = lambda width: clock.for_training*share/(epoch*(width/16)**1.5)
     width = next((w for w in _WIDTHS if epochs(w) >= 15), _WIDTHS[-1])
     if epochs(width) < 8:
@@ -108,7 +110,7 @@ class _Lines(Callback): # of progress
     def __init__(self, part:str, clock:Clock): self.part, self.clock = part, clock
     def after_epoch(self):
         v = dict(zip(self.recorder.metric_names, self.recorder.log))
-        print(f'{_NAMES[self.part]:14s}  epoch {self.epoch+1:3d} of {self.n_epoch:3d}   validation: '
+        print(f'{_NAMES[self.part]:14s} epoch {self.epoch+1:3d} of {self.n_epoch:3d}   validation: '
               f'clean {v["clean"]:6.1%}   PGD-10 {v["pgd-10"]:6.1%}   '
               f'{max(self.clock.left, 0)/60:5.1f} min left', flush=True)
         self.clock.note()
@@ -126,18 +128,20 @@ def _epochs(part, text, make, dls, clock, parts) -> int: # of a part, planned on
 def _fit_part(part, text, make, dls, clock, parts, threat, seed, out):
     "The trained network of a part, or the one that was trained before."
     target = out/'parts'/part
-    if all(f.exists() for f in saved_files(target)): return load(target).to(dls.train.dataset.x.device)
+    if all(f.exists() for f in saved_files(target)): return load(target, device=dls.device)
     n = _epochs(part, text, make, dls, clock, parts)
-    ema = WeightEMA(0.995 if n*len(dls.train) > 2000 else 0.95, 'clean' if part == 'clean' else 'pgd-10')
+    decay = 0.995 if n*len(dls.train) > 2000 else 0.95
+    ema = WeightEMA(decay, 'clean' if part == 'clean' else 'pgd-10')
     learn = train(make(), _fresh(text, dls, seed), dls, n, seed=seed, progress=False,
                   cbs=[ema, _Lines(part, clock)], resume=target)
     if part != 'student': check_teacher(learn.model, dls.valid, threat, 200, seed, progress=False)
-    save(learn.model, target)
+    names, rows = learn.recorder.metric_names[1:-1], learn.recorder.values
+    save(learn.model, target, epochs=[dict(zip(names, map(float, row))) for row in rows])
     learn.resume.clear()
     return learn.model
 
 # %% ../nbs/30_fit.ipynb #19838926
-def _judge(net, dls, clock:Clock, threat:Threat, seed:int, out:Path): # -> report, AutoAttack's table
+def _judge(net, dls, clock:Clock, threat:Threat, seed:int, out:Path): # -> report, of AutoAttack
     "The report on test images, also written as a page."
     _, one = measure_seconds(SAT(threat, 1), _fresh(clock.plan['student']['net'], dls), dls)
     n = min(max(int(0.5*(clock.left - 15)/(60*one)), 100), len(dls.test.dataset))
@@ -192,7 +196,8 @@ def ader_fit(
     if 'finished' in clock.plan: return print(f'This is finished: see {out/"report.html"}')
     dls = load_data(data, seed=seed, size=size, channels=channels)
     threat = Threat(dls.train.dataset.eps if eps is None else eps)
-    print(f'{describe(dls)}\nL∞ attacks with ε = {threat.eps:.3g}; {clock.left/60:.1f} min', flush=True)
+    print(f'{describe(dls)}\nL∞ attacks with ε = {threat.eps:.3g}; {clock.left/60:.1f} min left',
+          flush=True)
     with one_thread() if data == 'digits' else nullcontext():
         if 'nets' not in clock.plan: clock.note(nets=plan_nets(dls, clock, threat))
         texts, nets = clock.plan['nets'] | {k: v for k,v in given.items() if v}, {}

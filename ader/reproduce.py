@@ -235,7 +235,7 @@ def _evaluate(run:Run, net, test, folder) -> tuple[list,list]: # rows, checks
         groups.setdefault(key, []).append(_attack(k, a, threat, net_of))
     for key,attacks in groups.items():
         r = robustness_report(
-            net, test, attacks, threat, 100*(key == own), seed=run.seed, images=key[0],
+            net, test, attacks, threat, checks=100*(key == own), seed=run.seed, images=key[0],
             folder=Path(folder)/run.name/'progress'/str(key[0] or 'all'), progress=False)
         skip = () if key == own else ('clean', 'worst case')
         rows += [o for o in r.table.to_dict('records') if o['attack'] not in skip]

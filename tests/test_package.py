@@ -47,6 +47,6 @@ import ader; print(ader.__file__)
 '''
     r = call('-W', 'ignore', '-c', code, tmp_path, cwd=tmp_path)
     *commands, file = r.stdout.splitlines()
-    names = 'bench demo distill evaluate export reproduce table teach'.split()
+    names = 'bench demo distill evaluate export fit reproduce table teach'.split()
     assert commands == [f'ader_{o} True' for o in names]
     assert Path(file).is_relative_to(tmp_path) # not the package of this folder
