@@ -206,7 +206,8 @@ def test_several_networks_side_by_side(flow, tmp_path, capsys):
     argv = ['--data', flow/'stripes', '--images', 4, '--out', tmp_path]
     assert run('ader_evaluate', nets, *argv) == 0
     names = ['student', 'clean']
-    assert sorted(o.stem for o in tmp_path.glob('*.csv')) == sorted(names)
+    files = [o for n in names for o in (n, f'{n}.images')]
+    assert sorted(o.stem for o in tmp_path.glob('*.csv')) == sorted(files)
     table = [o for o in capsys.readouterr().out.splitlines() if o.startswith('|')]
     assert [o.strip() for o in table[0].strip('|').split('|')] == ['', *names]
     assert len(table) == 2 + 6
