@@ -75,6 +75,10 @@ def _check(epochs:int=1, **numbers:int):
 def _threads(dls): # -> context; networks for digits are so small that a second thread costs time
     return one_thread() if dls.train.dataset.name == 'digits' else nullcontext()
 
+def _channels_in(text:str, data:str|None) -> int|None: # what a network asks of a folder's images
+    asked = re.search(r'\bin_channels=(\d+)', text)
+    return int(asked[1]) if asked and data and Path(data).is_dir() else None
+
 # %% ../nbs/27_command_line.ipynb #867bc06c
 _STUDENTS = 'Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'MTARD', 'ADER' # methods
 _TEACHERS = {'natural teacher': 'Natural', 'robust teacher': 'TRADES'} # name -> method
@@ -217,9 +221,7 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     target, tty = check_folder(out or kind)/kind, sys.stdout.isatty()
     if fresh: Resume(target).clear()
     elif _finished(config, target): return
-    asked = re.search(r'\bin_channels=(\d+)', text)
-    if asked and channels is None and data and Path(data).is_dir(): channels = int(asked[1])
-    dls = _load_data(metadata, data, size, channels, bs=bs, seed=seed)
+    dls = _load_data(metadata, data, size, channels or _channels_in(text, data), bs=bs, seed=seed)
     with _threads(dls):
         seed_everything(seed)
         first, ds = rank_and_world()[0] == 0, dls.train.dataset
@@ -299,6 +301,7 @@ def _write_fooled(out:Path, net, dl, r, attack, n:int):
     with torch.no_grad(): pred = net(x_adv).argmax(1)
     check_folder(out)
     for i,a,b,t,p in zip(fooled.tolist(), x, x_adv, y.tolist(), pred.tolist()):
+        if t == p: continue # not fooled from this start
         save_image(a, out/f'{i:05d}-{classes[t]}.png')
         save_image(b, out/f'{i:05d}-{classes[t]}-as-{classes[p]}.png')
 

@@ -23,7 +23,7 @@ from .reproduce import measure_seconds
 from .sanity import report_page, robustness_report
 from .speed import one_thread
 from .teachers import train
-from .training import SAT, Natural, WeightEMA
+from .training import SAT, Natural, WeightEMA, _check_teacher
 from fastai.callback.core import Callback
 
 # %% ../nbs/30_fit.ipynb #e7c65096
@@ -51,8 +51,8 @@ class Clock:
     ):
         self.file, self.asked = Path(file), dict(asked, minutes=minutes)
         d = read_json(file) if self.file.exists() else dict(asked=self.asked, used=0., plan={})
-        if d['asked'] != self.asked:
-            raise AderError(f'{file} is of another command ({d["asked"]}); give another --out')
+        if d.get('asked') != self.asked:
+            raise AderError(f'{file} is of another command ({d.get("asked")}); give another --out')
         self.before, self.plan, self.start = d['used'], d['plan'], time.perf_counter()
 
     @property
@@ -90,7 +90,7 @@ def _method(part:str, name:str, teachers:dict, threat:Threat): # of a part of th
 # %% ../nbs/30_fit.ipynb #a4be6240
 def plan_nets(
     dls, clock:Clock, threat:Threat, # images; time; of the attacks
-    share:float=_SHARES['student'] # of the training time that is the student's
+    share:float=0.45 # of the training time that is the student's
 ) -> dict[str,str]: # part -> network
     "The widest networks of which a student can be trained for fifteen epochs."
     side = dls.train.dataset.x.shape[-1]
@@ -118,10 +118,10 @@ class _Lines(Callback): # of progress
 # %% ../nbs/30_fit.ipynb #416fd76b
 def _epochs(part, text, make, dls, clock, parts) -> int: # of a part, planned once
     if part not in clock.plan:
-        epoch, _ = measure_seconds(make(), _fresh(text, dls), dls)
+        epoch, one = measure_seconds(make(), _fresh(text, dls), dls)
         share = _SHARES[part]/sum(_SHARES[o] for o in parts[parts.index(part):])
         n = max(int(0.95*share*clock.for_training/epoch), 1)
-        clock.note(**{part: dict(net=text, epochs=n, seconds_an_epoch=round(epoch, 2))})
+        clock.note(**{part: dict(net=text, epochs=n, seconds_an_epoch=epoch, seconds_a_step=one)})
         print(f'{_NAMES[part]}: {text}, {n} epochs, about {n*epoch/60:.1f} min', flush=True)
     return clock.plan[part]['epochs']
 
@@ -143,7 +143,7 @@ def _fit_part(part, text, make, dls, clock, parts, threat, seed, out):
 # %% ../nbs/30_fit.ipynb #19838926
 def _judge(net, dls, clock:Clock, threat:Threat, seed:int, out:Path): # -> report, of AutoAttack
     "The report on test images, also written as a page."
-    _, one = measure_seconds(SAT(threat, 1), _fresh(clock.plan['student']['net'], dls), dls)
+    one = clock.plan['student']['seconds_a_step'] # of an attack on one image
     n = min(max(int(0.5*(clock.left - 15)/(60*one)), 100), len(dls.test.dataset))
     r = robustness_report(net, dls.test, threat=threat, images=n, checks=min(n, 50), seed=seed,
                           progress=False, folder=out/'parts')
@@ -161,7 +161,6 @@ def _write(out:Path, data, net, clock:Clock, report, auto):
     with redirect_stdout(None): ader_export(str(out/'student'), onnx, data=str(data), out=str(out))
     if not onnx: print("for an ONNX file: pip install 'ader-distill[onnx]', then ader_export")
     rows = lambda t: [] if t is None else t.to_dict('records')
-    clock.note(finished=time.strftime('%Y-%m-%d'))
     record = dict(
         minutes=clock.used/60, asked=clock.asked, plan=clock.plan, data=report.settings['data'],
         device=str(next(net.parameters()).device), machine=platform.machine(),
@@ -169,6 +168,15 @@ def _write(out:Path, data, net, clock:Clock, report, auto):
         autoattack=rows(auto), verdict=report.verdict)
     atomic_write(out/'record.json', json.dumps(record, indent=1, ensure_ascii=False).encode())
     remove_temp_files(out)
+    clock.note(finished=time.strftime('%Y-%m-%d'))
+
+# %% ../nbs/30_fit.ipynb #fc592887
+def _check_given(dls, given:dict, saved:dict) -> dict: # saved teachers, by part
+    "Refuse a network that can't be built, or a teacher that does not suit the images."
+    x, classes = dls.valid.one_batch()[0], dls.train.dataset.classes
+    for k,text in given.items():
+        if text and k not in saved: _fresh(text, dls)
+    return {k: _check_teacher(k, t, x, len(classes), classes) for k,t in saved.items()}
 
 # %% ../nbs/30_fit.ipynb #22cece75
 def ader_fit(
@@ -199,12 +207,13 @@ def ader_fit(
     print(f'{describe(dls)}\nL∞ attacks with ε = {threat.eps:.3g}; {clock.left/60:.1f} min left',
           flush=True)
     with one_thread() if data == 'digits' else nullcontext():
-        if 'nets' not in clock.plan: clock.note(nets=plan_nets(dls, clock, threat))
-        texts, nets = clock.plan['nets'] | {k: v for k,v in given.items() if v}, {}
-        for part in parts:
+        nets, left = _check_given(dls, given, saved), [o for o in parts if o not in saved]
+        share = _SHARES['student']/sum(_SHARES[o] for o in left)
+        if 'nets' not in clock.plan: clock.note(nets=plan_nets(dls, clock, threat, share))
+        texts = clock.plan['nets'] | {k: v for k,v in given.items() if v}
+        for part in left:
             make = partial(_method, part, method, dict(nets), threat)
-            nets[part] = saved.get(part) or _fit_part(
-                part, texts[part], make, dls, clock, parts, threat, seed, out)
+            nets[part] = _fit_part(part, texts[part], make, dls, clock, left, threat, seed, out)
         report, auto = _judge(nets['student'], dls, clock, threat, seed, out)
     _write(out, data, nets['student'], clock, report, auto)
     print(f'\n{report}' + ('' if auto is None else f'\n\n{auto.to_string(index=False)}'))

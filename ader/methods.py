@@ -33,7 +33,7 @@ METHODS = [MethodInfo(*o) for o in (
     ('RSLAD', '', '', 'x', False, 'KL(T(x)‖S(x′))', 'S', 'Zi et al. 2021, [20]'),
     ('AdaAD', '', '', 'x_adv', False, 'KL(T(x′)‖S(x′))', 'S, T', 'Huang et al. 2023'),
     ('IGDM', '', '', 'x, x_adv', False, 'KL(T(x)‖S(x′))', 'S', 'Lee et al. 2025'),
-    ('SAAD', '', '', 'x, x_adv', False, 'KL(T(x)‖S(x′)), T first-order', 'S, T', 'Lee et al. 2026'),
+    ('SAAD', '', '', 'x, x_adv', False, 'KL(T(x)‖S(x′)), 1st order', 'S, T', 'Lee et al. 2026'),
     ('MTARD', 'x_adv', 'x', 'x_adv', False, 'CE(S(x′), y)', 'S', 'Zhao et al. 2022, [26]'),
     ('BMTARD', 'x_adv', 'x', 'x_adv', False, 'CE(S(x′), y)', 'S', 'Zhao et al. 2024'),
     ('ADER', 'x_adv', 'x', 'x_adv', True, 'CE(S(x′), y)', 'S', 'the paper'),
@@ -74,8 +74,9 @@ class Distilled(Method):
         **kwargs # see `Method`
     ):
         super().__init__(**kwargs)
-        if not (reduction in ('batchmean', 'mean') or isinstance(reduction, (int, float))):
-            raise AderError(f"reduction must be 'batchmean', 'mean' or a number, got {reduction!r}")
+        number = isinstance(reduction, (int, float)) and 0 < reduction < math.inf
+        if not (number or reduction in ('batchmean', 'mean')): raise AderError(
+            f"reduction must be 'batchmean', 'mean' or a number above 0, got {reduction!r}")
         self.reduction = reduction
 
     def kl(self, student, teacher, temperature=1.): # (B, K) logits each -> scalar

@@ -225,12 +225,13 @@ def before_fit(self:Method):
     self._put_back()
     others = [c for c in self.learn.cbs if isinstance(c, (Method, MixHandler)) and c is not self]
     if others: raise AderError(f'{type(self).__name__} and {others[0]} both own the loss; use one')
-    (_, names, eps), self._new = data_facts(self.dls.train), True
+    (name, names, eps), self._new = data_facts(self.dls.train), True
     threat = self.threat or Threat(eps)
     x, y = (o.to(next(self.net.parameters()).device) for o in next(iter(self.dls.valid))[:2])
     with frozen(self.net):
         x, y = PGD(threat).check_inputs(self.net, x, y)
         self._classes = check_output(self.net, x, names)
+    self._about = dict(data=name, classes=names, image=list(x.shape[1:]))
     for role,t in self.teachers.items():
         self.teachers[role] = _check_teacher(role, t, x, self._classes, names)
     self.attack, self._dtype = self.training_attack(threat), dtype_of(self.precision, self.net)
@@ -358,9 +359,8 @@ def after_fit(self:Method):
 @patch
 def _note(self:Method):
     "Note on the network how it was trained, and on what."
-    (name, classes, _), t = data_facts(self.dls.train), self.attack.threat
-    image = list(next(iter(self.dls.valid))[0].shape[1:])
-    self.net.metadata = dict(method=type(self).__name__, data=name, classes=classes, image=image,
+    t = self.attack.threat
+    self.net.metadata = dict(method=type(self).__name__, **self._about,
                              threat=dict(eps=t.eps, norm=t.norm))
 
 # %% ../nbs/05_training.ipynb #657b99b9

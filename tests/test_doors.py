@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from ader.all import *
+from ader.attention import AttentionOutput
 from ader.checkpoints import checksum
 from ader.networks import net_from_text
 from ader.speed import FrozenCopy
@@ -208,12 +209,26 @@ def test_where_labels_are_not_used_they_are_refused(d, f):
     fit(d, ARD(t, alpha=0.5, steps=1), loss_func=f)
 
 def test_smoothed_loss_by_hand(d):
-    "The labels' term is the learner's loss of the logits."
-    learn, seen = Learner(d, small_resnet(width=4), cbs=SAT(steps=1), loss_func=WEIGHTED[1]), []
-    m = learn.sat
-    m.student = lambda x: seen.append(type(m).student(m, x)) or seen[-1]
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    assert m._labels_used and learn.loss_func is WEIGHTED[1]
+    "The labels' term is the learner's loss of the student's logits, in every step."
+    from fastai.callback.core import Callback
+    pairs = []
+    class Spy(Callback):
+        def after_loss(self):
+            if self.training: pairs.append((self.learn.loss.item(), WEIGHTED[1](logits[-1], self.y).item()))
+    m, logits = SAT(steps=1), []
+    def student(x):
+        logits.append(type(m).student(m, x).logits)
+        return AttentionOutput(logits[-1], None, None)
+    m.student = student
+    learn = fit(d, [m, Spy()], loss_func=WEIGHTED[1])
+    assert len(pairs) == len(d.train) and learn.loss_func is WEIGHTED[1]
+    for got,want in pairs: assert got == pytest.approx(want, rel=1e-5)
+
+@pytest.mark.parametrize('reduction', ['sum', 0, -1., float('nan'), float('inf'), None])
+def test_divisors_of_a_divergence(reduction):
+    with refused("a number above 0"): RSLAD(small_resnet(), reduction=reduction)
+    x = torch.randn(4, 10)
+    assert RSLAD(small_resnet(), reduction=10).kl(x, x.flip(0)) == RSLAD(small_resnet(), reduction='mean').kl(x, x.flip(0))
 
 # --- nets whose copy is not simple
 

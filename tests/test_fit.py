@@ -1,7 +1,6 @@
 "One command from images to a classifier: what it writes, how it goes on, what it refuses."
 import json, numpy as np, pytest
 from PIL import Image
-from ader import fit
 from ader.checkpoints import load
 from ader.cli import ader_fit_cli
 from ader.data import AderError, Images, dataloaders, digits
@@ -73,9 +72,21 @@ def test_a_saved_teacher_is_taken(done, photos, tmp_path, capsys):
 def test_what_is_refused(tmp_path):
     out = str(tmp_path/'x')
     for kw,match in ((dict(minutes=0), 'must be above 0'), (dict(method='ADERR'), 'must be one of'),
-                     (dict(data=str(tmp_path/'nothing')), 'data is digits'), (dict(eps='-1'), 'above 0')):
+                     (dict(data=str(tmp_path/'nothing')), 'data is digits'), (dict(eps='-1'), 'above 0'),
+                     (dict(student='small_resnett'), 'no network is called'),
+                     (dict(robust='small_resnet:widht=3'), 'not the arguments')):
         with pytest.raises(AderError, match=match): ader_fit(**dict(data='digits', out=out) | kw)
     assert not (tmp_path/'x'/'parts').exists()
+
+def test_a_teacher_of_other_classes_is_refused_at_once(done, tmp_path, capsys):
+    out, *_ = done
+    with pytest.raises(AderError, match='2 classes and the student 10'):
+        ader_fit('digits', 1, str(tmp_path/'x'), robust=str(out/'parts'/'robust.json'))
+    assert 'epoch' not in capsys.readouterr().out
+
+def test_a_foreign_plan_is_refused(tmp_path):
+    (tmp_path/'plan.json').write_text('{}')
+    with pytest.raises(AderError, match='another command'): ader_fit('digits', 1, str(tmp_path))
 
 def test_balance_is_reported():
     y = torch.tensor([0]*30 + [1]*5)

@@ -1,5 +1,6 @@
 "Runs as data, records, what is still to be done, killed and continued, in a pool of processes and on Ray."
 import json, pytest, signal, subprocess, sys
+from pathlib import Path
 from dataclasses import asdict, replace
 from ader import reproduce
 from ader.data import AderError
@@ -173,3 +174,12 @@ def test_wrong_input(kw, match, tmp_path):
 def test_dry_run_trains_nothing(tmp_path, capsys):
     ader_reproduce('table2', only='Natural', dry_run=True, folder=tmp_path/'a', results=tmp_path/'b')
     assert '1 runs, 0 done' in capsys.readouterr().out and not list(tmp_path.rglob('*.json'))
+
+def test_the_committed_networks_are_those_that_a_page_asks():
+    "Notebook 10: the teachers, three students of Table 2, and those of Fig. 4; all results together stay small."
+    root = Path(__file__).parent.parent/'results'
+    table2 = {k: run for _,k,run in plan('table2', 'laptop')}
+    students = [table2[k] for k in ('SAT', 'ADER', 'ADERPlus')] + [r for *_,r in plan('fig4', 'laptop')]
+    asked = {r.name for r in [*students, *table2['ADER'].teachers.values()]}
+    assert {f.parent.name for f in (root/'nets').glob('*/net.safetensors')} == asked
+    assert sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) < 12e6
