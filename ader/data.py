@@ -490,11 +490,13 @@ def cifar100(path=None, valid:int=1000, augment=None, **kwargs): # all as of `ci
 def load_data(
     name:str|Path, # 'digits', 'cifar10', 'cifar100', or a folder of images
     bs:int|None=None, seed:int=0, device:str|None=None, # as of `dataloaders`
-    size:int|tuple[int,int]|None=None, channels:int|None=None # as of `image_folder`
+    size:int|tuple[int,int]|None=None, channels:int|None=None, # as of `image_folder`
+    valid:int|None=None # as of `cifar10`
 ): # -> fastai `DataLoaders`
     "The loaders for a name or a folder."
     known = dict(digits=digits, cifar10=cifar10, cifar100=cifar100)
-    given = {k: v for k,v in dict(bs=bs, size=size, channels=channels).items() if v is not None}
+    given = dict(bs=bs, size=size, channels=channels, valid=valid)
+    given = {k: v for k,v in given.items() if v is not None}
     if str(name) not in known: return image_folder(name, seed=seed, device=device, **given)
     if size or channels: raise AderError(f'size and channels are for folders, not for {name}')
     return known[str(name)](seed=seed, device=device, **given)

@@ -10,6 +10,7 @@ __all__ = ['wilson', 'robust_mask', 'evaluate', 'plot_robustness', 'accuracy_cur
 # %% ../nbs/07_evaluation.ipynb #29dc5dac
 import dataclasses, json, time, torch
 import pandas as pd
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from torch import Tensor, nn
@@ -93,6 +94,15 @@ def _read_progress(file, key:str) -> dict:
     except (OSError, ValueError, KeyError, TypeError): # none, damaged, or of another evaluation
         return dict(correct=[], seconds=0., forward=0, backward=0)
 
+# %% ../nbs/07_evaluation.ipynb #0bcf70ee
+@contextmanager
+def _exact(): # float32 means float32 inside, on a GPU too
+    c = torch.backends.cudnn
+    before = c.allow_tf32, c.benchmark
+    c.allow_tf32 = c.benchmark = False
+    try: yield
+    finally: c.allow_tf32, c.benchmark = before
+
 # %% ../nbs/07_evaluation.ipynb #60189a42
 def robust_mask(
     model:nn.Module, # images in [0, 1] -> logits; left as it was
@@ -115,7 +125,7 @@ def robust_mask(
         if len(done['correct']) <= i*_CHUNK:
             start, rng = time.perf_counter(), torch.Generator(y.device)
             rng.manual_seed(seed*100_003 + i)
-            with count_passes(model, search) as n:
+            with _exact(), count_passes(model, search) as n:
                 correct = _still_correct(model, search, attack, *chunk, rng, bs)
             done['correct'] += correct.int().tolist()
             for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v

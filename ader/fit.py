@@ -34,7 +34,7 @@ def describe(dls) -> str:
     n = ', '.join(f'{len(o.dataset):,} {k}' for k,o in sets.items())
     count = first.y.bincount(minlength=len(first.classes)).tolist()
     channels, h, w = first.x.shape[1:]
-    line = (f'{first.name}: {n} images, {h}×{w} {"grey" if channels == 1 else "colour"}, '
+    line = (f'{first.name}: {n} images, {h}×{w} {"grey" if channels == 1 else "colour"},\n'
             f'{len(count)} classes of {min(count):,} to {max(count):,} training images')
     if max(count) > 3*min(count):
         small = first.classes[count.index(min(count))]
@@ -98,9 +98,6 @@ def plan_nets(
     epoch, _ = measure_seconds(_method('robust', '', {}, threat), net, dls)
     epochs = lambda width: clock.for_training*share/(epoch*(width/16)**1.5)
     width = next((w for w in _WIDTHS if epochs(w) >= 15), _WIDTHS[-1])
-    if epochs(width) < 8:
-        print('This is too short to expect much: the student gets about '
-              f'{max(epochs(width), 1):.0f} epochs.')
     wide = max(width*3//16*8, 8)
     return {k: _net_text(w, side) for k,w in dict(clean=width, robust=wide, student=width).items()}
 
@@ -110,7 +107,7 @@ class _Lines(Callback): # of progress
     def __init__(self, part:str, clock:Clock): self.part, self.clock = part, clock
     def after_epoch(self):
         v = dict(zip(self.recorder.metric_names, self.recorder.log))
-        print(f'{_NAMES[self.part]:14s} epoch {self.epoch+1:3d} of {self.n_epoch:3d}   validation: '
+        print(f'{_NAMES[self.part]:14s} epoch {self.epoch+1:3d}/{self.n_epoch}   '
               f'clean {v["clean"]:6.1%}   PGD-10 {v["pgd-10"]:6.1%}   '
               f'{max(self.clock.left, 0)/60:5.1f} min left', flush=True)
         self.clock.note()
@@ -123,6 +120,8 @@ def _epochs(part, text, make, dls, clock, parts) -> int: # of a part, planned on
         n = max(int(0.95*share*clock.for_training/epoch), 1)
         clock.note(**{part: dict(net=text, epochs=n, seconds_an_epoch=epoch, seconds_a_step=one)})
         print(f'{_NAMES[part]}: {text}, {n} epochs, about {n*epoch/60:.1f} min', flush=True)
+        if part == 'student' and n < 8:
+            print('This is too short to expect much: give it more --minutes.', flush=True)
     return clock.plan[part]['epochs']
 
 def _fit_part(part, text, make, dls, clock, parts, threat, seed, out):

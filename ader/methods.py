@@ -345,7 +345,8 @@ class AdaAD(Distilled):
     def adversary(self, x, y):
         a, s, t = self.attack, self.frozen_copy('student'), self.frozen_copy('robust')
         disagreement = lambda z: kl(s(z), t(z))
-        with frozen(s, t): return pgd(disagreement, x, a.threat, a.steps, a.step_size, a.start)
+        climb = lambda x: pgd(disagreement, x, a.threat, a.steps, a.step_size, a.start)
+        with frozen(s, t): return self.replay('attack', climb, x)
 
     def loss(self, x, x_adv, y):
         t, t_adv = self.teacher('robust', x).logits, self.teacher('robust', x_adv).logits
@@ -381,7 +382,7 @@ class SAAD(Distilled):
 
     def adversary(self, x, y):
         a, s, t = self.attack, self.frozen_copy('student'), self.frozen_copy('robust')
-        with frozen(s, t):
+        def climb(x, y):
             with torch.enable_grad():
                 at = x.detach().requires_grad_()
                 z = t(at)
@@ -390,6 +391,7 @@ class SAAD(Distilled):
             target = lambda v: z + label*((v - x)*g).flatten(1).sum(1, keepdim=True)
             objective = lambda v: kl(s(v), target(v))
             return pgd(objective, x, a.threat, a.steps, a.step_size, a.start)
+        with frozen(s, t): return self.replay('attack', climb, x, y)
 
 # %% ../nbs/06_methods.ipynb #b30d5b79
 @patch

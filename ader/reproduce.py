@@ -28,10 +28,10 @@ from .evaluation import check_teacher, markdown_table
 from .methods import make_method, teachers_of
 from .networks import net_from_text
 from .sanity import robustness_report
-from .speed import FrozenCopy, dtype_of, one_thread
+from .speed import ForeachAdam, FrozenCopy, dtype_of, one_thread
 from .teachers import TEACHER_METHODS, run_config, train
 from .training import PrintEpochs, WeightEMA
-from fastai.basics import SGD, Adam, Callback, CancelFitException, Learner, patch
+from fastai.basics import SGD, Callback, CancelFitException, Learner, patch
 from fastai.callback.schedule import ParamScheduler
 
 # %% ../nbs/28_reproduce.ipynb #f3abc3ac
@@ -73,6 +73,7 @@ class Run:
     attention:bool = True # give the network an attention block
     evaluate:dict = field(default_factory=lambda: {a: {} for a in _FOUR}, compare=False) # by attack
     scale:str = field(default='', compare=False) # a word for tables
+    valid:int|None = None # validation images of CIFAR; default: 1,000
 
     def __post_init__(self):
         nets = {role: nn.Identity() for role in self.teachers}
@@ -90,6 +91,7 @@ class Run:
 @patch(as_prop=True)
 def id(self:Run) -> str: # 10 hexadecimal digits, the same if the same weights come out
     d = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+    if self.valid is None: del d['valid'] # as of runs that could not choose it
     d['teachers'] = {r: t.id for r,t in self.teachers.items()}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -116,7 +118,7 @@ def in_order(runs:list) -> list[Run]: # each once, what is needed before what ne
 
 # %% ../nbs/28_reproduce.ipynb #c43e936c
 def _fit(s:dict) -> dict: # arguments of `train` for a schedule
-    opts = dict(adam=Adam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # as torch does
+    opts = dict(adam=ForeachAdam, sgd=partial(SGD, mom=0.9, decouple_wd=False)) # as torch does
     def steps(learn, n, lr):
         at = lambda pos: lr*s['factor']**sum(pos >= d/n for d in s['drops'])
         learn.fit(n, lr, cbs=ParamScheduler(dict(lr=at)))
@@ -133,7 +135,7 @@ def _attack(name:str, about:dict, threat:Threat, net_of): # -> attack
 
 def _data(run:Run): # -> DataLoaders
     device = 'cpu' if run.data == 'digits' else None
-    return load_data(run.data, run.schedule['bs'], run.seed, device)
+    return load_data(run.data, run.schedule['bs'], run.seed, device, valid=run.valid)
 
 # %% ../nbs/28_reproduce.ipynb #70ba24b5
 def _prepare(run:Run, dls, net_of): # -> method, network with fresh weights
@@ -341,9 +343,10 @@ def paper_numbers() -> pd.DataFrame: # percent
 MAPS, TABLES, SCALES = read_json(_HERE/'experiments.json').values()
 
 # %% ../nbs/28_reproduce.ipynb #a7faeeb3
-def _run(table, scale, data, epochs, images, seed, net, method, settings={}, teachers={}) -> Run:
+def _run(table, scale, data, epochs, images, seed, net, method, settings={}, more={}, teachers={}):
     s = SCALES[scale]
     text, given = s[data][net]
+    given, settings = given | more, s.get('settings', {}) | settings
     if epochs and 'drops' in given:
         given = given | dict(drops=[d*epochs/given['epochs'] for d in given['drops']])
     make = step_schedule if 'drops' in given else one_cycle
@@ -354,9 +357,17 @@ def _run(table, scale, data, epochs, images, seed, net, method, settings={}, tea
         return own | dict(images=images or own.get('images'), surrogate=surrogate)
     evaluate = {a: about(a) for a in (TABLES[table]['attacks'] if teachers else _FOUR)}
     return Run(method, text, s[data]['data'], schedule, teachers, settings, None, seed, True,
-               evaluate, scale)
+               evaluate, scale, s.get('valid'))
 
 # %% ../nbs/28_reproduce.ipynb #f140f27e
+_TEACHERS = dict(clean='Natural', robust='TRADES')
+
+def _tables(table:str, scale:str) -> list[str]: # 'all': those whose networks the scale has
+    if table != 'all': return table.split(',')
+    nets = lambda t: {net for net,*_ in t['rows'].values()}
+    return [k for k,t in TABLES.items()
+            if all(nets(t) <= {*SCALES[scale].get(d, ())} for d in t['data'])]
+
 def plan(
     table:str, # of `TABLES`
     scale:str='digits', # of `SCALES`
@@ -369,13 +380,20 @@ def plan(
     _one_of('a table', table, TABLES)
     _one_of('a scale', scale, SCALES)
     t, rows = TABLES[table], []
+    if table not in _tables('all', scale):
+        raise AderError(f'{table} is not for the scale {scale}; that has '
+                        f'{", ".join(_tables("all", scale))}')
     for o in only or []: _one_of(f'a defense of {table}', o, t['rows'])
     for data,seed in product(t['data'], seeds):
         make = partial(_run, table, scale, data, epochs, images)
-        first = seeds[0] if SCALES[scale]['fixed_teachers'] else seed
-        teachers = {r: make(first, r, m) for r,m in dict(clean='Natural', robust='TRADES').items()}
-        for k,(net, *how) in t['rows'].items():
-            run = teachers[net] if net in teachers else make(seed, net, *how, teachers)
+        s = SCALES[scale]
+        kinds, first = s.get('teachers', _TEACHERS), seeds[0] if s['fixed_teachers'] else seed
+        known = {r: make(first, r, m) for r,m in kinds.items()}
+        for k,(net, method, settings, *more) in t['rows'].items():
+            more = dict(*more)
+            teachers = dict(clean=known['clean'], robust=known.get(more.pop('teacher', 'robust')))
+            how = method, settings, more, teachers
+            run = known[net] if net in known else make(seed, net, *how)
             if not only or k in only: rows.append((data, k, run))
     return rows
 
@@ -427,12 +445,16 @@ def estimate(runs:list, folder:str|Path, results:str|Path) -> pd.DataFrame: # a 
     return d
 
 # %% ../nbs/28_reproduce.ipynb #28c4f3c2
-def _cell(records, attack:str) -> str: # percent, of records that differ in the seed
+def _scores(records, attack:str) -> pd.Series: # percent, of records that differ in the seed
     rows = [r[attack] for r in records if r[attack]]
-    if not rows: return '—'
-    acc, one = pd.Series([100*o['accuracy'] for o in rows]), rows[0]
-    ci = 50*(one['high'] - one['low']) if len(acc) == 1 else acc.std()
-    return f'{acc.mean():.2f} ± {ci:.2f}'
+    acc = pd.Series([100*o['accuracy'] for o in rows], dtype=float)
+    one = rows[0] if rows else dict(high=0, low=0)
+    acc.attrs['error'] = 50*(one['high'] - one['low']) if len(acc) < 2 else acc.std()
+    return acc
+
+def _cell(records, attack:str) -> str: # percent
+    s = _scores(records, attack)
+    return f'{s.mean():.2f} ± {s.attrs["error"]:.2f}' if len(s) else '—'
 
 def _found(table, scale, records, **kwargs) -> dict: # (data, defense) -> records by id
     found = {}
@@ -442,22 +464,36 @@ def _found(table, scale, records, **kwargs) -> dict: # (data, defense) -> record
     return found
 
 # %% ../nbs/28_reproduce.ipynb #87e5fa78
+_PAPER_NAMES = {'transfer-PGD_sat': 'PGD-20', 'transfer-CW_inf': 'CW_inf'} # of attacks
+
+def _paper_cells(table, data, defense) -> dict: # attack -> number, also 'clean'
+    d = paper_numbers()
+    d = d[(d.table.map('table{}'.format) == table) & (d.dataset == data) & (d.defense == defense)]
+    by = d.set_index('attack')
+    clean = dict(clean=d.clean.iloc[0]) if len(d) else {}
+    names = {a: _PAPER_NAMES.get(a, a) for a in TABLES[table]['attacks']}
+    return clean | {a: by.robust[k] for a,k in names.items() if k in by.index}
+
 def make_table(
     table:str, scale:str, records:dict, # see `plan`; `records` from `read_records`
     **kwargs # see `plan`
-) -> pd.DataFrame: # a row an attack and defense: the paper's clean and robust accuracy, and ours
-    "The paper's table with ours beside it."
-    names, t = {'transfer-PGD_sat': 'PGD-20', 'transfer-CW_inf': 'CW_inf'}, TABLES[table]
-    paper = {(o.dataset, o.attack, o.defense): (f'{o.clean:.2f}', f'{o.robust:.2f}')
-             for o in paper_numbers().itertuples() if f'table{o.table}' == table}
-    def row(attack, data, defense, found):
-        theirs = paper.get((data, names.get(attack, attack), defense), ('—', '—'))
-        return data, attack, defense, *theirs, _cell(found, 'clean'), _cell(found, attack)
-    found = _found(table, scale, records, **kwargs).items()
-    rows = [row(a, *k, o.values()) for d,a in product(t['data'], t['attacks'])
-            for k,o in found if k[0] == d]
-    columns = [f'{who}: {o}' for who in ('paper', f'ours ({scale})') for o in ('clean', 'robust')]
-    d = pd.DataFrame(rows, columns=['data', 'attack', 'defense', *columns])
+) -> pd.DataFrame: # a row a defense, a column an attack: percent, in brackets the paper's
+    "Ours beside the paper's; the best of ours is bold; rows without a number are left out."
+    t, rows = TABLES[table], {}
+    columns = ['clean', *t['attacks']]
+    for (data, defense),found in _found(table, scale, records, **kwargs).items():
+        ours, theirs = list(found.values()), _paper_cells(table, data, defense)
+        if not (ours or theirs): continue
+        rows[data, MAPS.get(defense, defense)] = {a: (_scores(ours, a), theirs.get(a)) for a in columns}
+    best = {(d, a): max((v[a][0].mean() for (k,_),v in rows.items() if k == d and len(v[a][0])),
+                        default=None) for d,_ in rows for a in columns}
+    def cell(data, attack, ours, theirs):
+        mean = ours.mean() if len(ours) else None
+        text = '—' if mean is None else f'{mean:.1f} ± {ours.attrs["error"]:.1f}'
+        if mean is not None and mean == best[data, attack]: text = f'**{text}**'
+        return text if theirs is None else f'{text} ({theirs:.1f})'
+    d = pd.DataFrame([[*k, *[cell(k[0], a, *v[a]) for a in columns]] for k,v in rows.items()],
+                     columns=['data', 'defense', *columns])
     return d if len(t['data']) > 1 else d.drop(columns='data')
 
 # %% ../nbs/28_reproduce.ipynb #3e1c6112
@@ -500,7 +536,8 @@ def table_markdown(
     doubts = [f'- {r.run.name} failed a sanity check: {c["found"]}'
               for r in found for c in r.checks if not c['ok']]
     names = ', '.join(f'[{r.run.name}]({link(r.run.name)})' for r in found)
-    lines = [f'**{t["title"]}, and beside it our runs {SCALES[scale]["title"]}**',
+    numbers = ', in brackets the numbers of the paper' if '(' in d.to_string() else ''
+    lines = [f'**{t["title"]}: our runs {SCALES[scale]["title"]}{numbers}**',
              markdown_table(d.set_index(d.columns[0])),
              _provenance(found) if found else 'There are no records of our runs yet.',
              *notes, *doubts, *[f'Records: {names}']*bool(found)]
@@ -531,12 +568,12 @@ def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict
     seeds, only = tuple(map(int, seeds.split(','))), only and only.split(',')
     return dict(seeds=seeds, only=only, epochs=epochs, images=images)
 
-def _tables(table:str) -> list[str]: return list(TABLES) if table == 'all' else table.split(',')
+
 
 # %% ../nbs/28_reproduce.ipynb #a0e814c9
 def ader_reproduce(
-    table:str, # table1 to table7, fig2 to fig4, several separated by commas, or all
-    scale:str='digits', # paper: its settings, for GPUs; laptop: CIFAR-10 on a CPU; digits: minutes
+    table:str, # table1 to table7, fig2 to fig4, front; several separated by commas, or all
+    scale:str='digits', # digits: minutes; laptop: CIFAR-10, a CPU; front: a GPU; paper: its settings
     only:str=None, # defenses, separated by commas: ADER,RSLAD; default: all of the table
     seeds:str='0', # of everything random, separated by commas
     folder:str='runs', # networks and checkpoints
@@ -550,7 +587,8 @@ def ader_reproduce(
 ):
     "Train and evaluate what a table of the paper needs and has no record yet, and draw the table."
     options = _options(seeds, only, epochs, images)
-    todo = [r for t in _tables(table) for r in runs(t, scale, **options)]
+    _one_of('a scale', scale, SCALES)
+    todo = [r for t in _tables(table, scale) for r in runs(t, scale, **options)]
     if dry_run: return estimate(todo, folder, results)
     failed = run_all(todo, folder, results, workers, ray, num_gpus)
     ader_table(table, scale, only, seeds, results, epochs, images)
@@ -559,8 +597,8 @@ def ader_reproduce(
 
 # %% ../nbs/28_reproduce.ipynb #c784c003
 def ader_table(
-    table:str, # table1 to table7, fig2 to fig4, several separated by commas, or all
-    scale:str='digits', # paper, laptop or digits
+    table:str, # table1 to table7, fig2 to fig4, front; several separated by commas, or all
+    scale:str='digits', # paper, laptop, front or digits
     only:str=None, # defenses, separated by commas; default: all of the table
     seeds:str='0', # of the runs, separated by commas
     results:str='results', # where the records are
@@ -569,4 +607,6 @@ def ader_table(
 ):
     "Draw a table from records, beside the paper's."
     records, options = read_records(results), _options(seeds, only, epochs, images)
-    for t in _tables(table): print(table_markdown(t, scale, records, **options), flush=True)
+    _one_of('a scale', scale, SCALES)
+    for t in _tables(table, scale):
+        print(table_markdown(t, scale, records, **options), flush=True)

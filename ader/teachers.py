@@ -20,6 +20,7 @@ from .checkpoints import Resume, checksum, seed_everything, versions
 from .data import AderError, data_facts, rank_and_world
 from .methods import TRADES
 from .networks import Net, _init_weights, archs, build, load_published
+from .speed import ForeachAdam
 from .training import SAT, Method, Natural
 from fastai.callback.schedule import *
 from fastai.learner import Learner
@@ -62,7 +63,8 @@ def train(
     if not lr > 0: raise AderError(f'the learning rate must be above 0, got {lr}')
     seed_everything(seed)
     keep = [Resume(resume, config=run_config(method, net, dls, lr=lr, seed=seed))] if resume else []
-    kwargs = dict(loss_func=getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())) | kwargs
+    loss = getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())
+    kwargs = dict(loss_func=loss, opt_func=ForeachAdam) | kwargs
     learn = Learner(dls, net, cbs=[method, *L(cbs), *keep], **kwargs)
     contexts = [] if progress else [learn.no_bar(), learn.no_logging()]
     if rank_and_world()[1] > 1 and method.supports_distributed: contexts.insert(0, _together(learn))

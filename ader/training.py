@@ -19,7 +19,7 @@ from .attention import AttentionOutput, adapt_input, forward_with_attention, has
 from .data import (AderError, all_reduce_mean, all_reduce_sum, check_labels, data_facts,
                         is_distributed,
                        rank_and_world, _import_fastai)
-from .speed import FrozenCopy, dtype_of, run_in, unwrap, _float32, _in_float32
+from .speed import FrozenCopy, Replay, dtype_of, run_in, unwrap, _float32, _in_float32
 _import_fastai()
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
@@ -52,7 +52,7 @@ class Method(Callback):
         self.branch_weight, self.teachers = branch_weight, teachers or {}
         self.precision, self.compile = precision, compile
         self.terms, self._own, self._hooks = defaultdict(list), L(), []
-        self._copies, self._asked = {}, {}
+        self._copies, self._asked, self._graphs = {}, {}, {}
         self._first = self._batch = None
         self._dtype, self._warned = dtype_of(precision, nn.Flatten()), ''
         self.training_attack(threat or Threat()) # refuses bad settings now
@@ -89,18 +89,24 @@ def student(self:Method, x:Tensor) -> AttentionOutput:
 
 # %% ../nbs/05_training.ipynb #ed03382e
 @patch
+def replay(self:Method, name:str, f, *args:Tensor): # -> what `f(*args)` returns
+    "Call `f`, which does the same in every step; on a GPU as one CUDA graph, see `Replay`."
+    return self._graphs.setdefault(name, Replay(f))(*args)
+
+@patch
 @torch.no_grad()
 def teacher(self:Method, role:str, x:Tensor) -> AttentionOutput:
     "Logits, map and branch logits of the teacher in this role."
     if self._asked.get(role, [None])[0] is not x:
-        self._asked[role] = x, forward_with_attention(self.frozen_copy(role), x)
+        ask = partial(forward_with_attention, self.frozen_copy(role))
+        self._asked[role] = x, self.replay(role, ask, x)
     return self._asked[role][1]
 
 @patch
 def attack_student(self:Method, x:Tensor, target:Tensor) -> Tensor: # labels or logits -> (B,C,H,W)
     "The training attack on the student as it is in this step, away from `target`."
     s = self.frozen_copy('student')
-    with frozen(s): return self.attack.perturb(s, x, target)
+    with frozen(s): return self.replay('attack', partial(self.attack.perturb, s), x, target)
 
 # %% ../nbs/05_training.ipynb #2b7f233c
 @patch
@@ -235,6 +241,7 @@ def before_fit(self:Method):
     for role,t in self.teachers.items():
         self.teachers[role] = _check_teacher(role, t, x, self._classes, names)
     self.attack, self._dtype = self.training_attack(threat), dtype_of(self.precision, self.net)
+    self._graphs.clear()
     self.net.to(memory_format=torch.channels_last)
     self._copies = {role: FrozenCopy(o, x, self.precision, self.compile)
                     for role,o in dict(self.teachers, student=self.net).items()}
@@ -274,7 +281,7 @@ def before_batch(self:Method):
     if self.iter == 0:
         _check_float(x, self.attack.threat.lo, self.attack.threat.hi)
         check_labels(y, x, self._classes)
-    self._copies['student'].refresh()
+    self.replay('refresh', lambda x: self._copies['student'].refresh(), x)
     with _whole_batch(self.dl): x_adv = self.adversary(x, y)
     if self.iter == 0 and x_adv is not None:
         _check_float(x_adv, self.attack.threat.lo - 1e-6, self.attack.threat.hi + 1e-6)
@@ -349,7 +356,7 @@ def after_train(self:Method): self._put_back()
 def after_fit(self:Method):
     if self.learn.lock.locked(): return
     self._put_back()
-    self._copies, self._batch = {}, None
+    self._copies, self._graphs, self._batch = {}, {}, None
     self._asked.clear()
     self.net.to(memory_format=torch.contiguous_format) # another layout adds in another order
     if not hasattr(self.learn, 'lr_finder'): self._note()
@@ -421,13 +428,15 @@ class WeightEMA(Callback):
         if not 0 <= decay < 1: raise AderError(f'decay must be at least 0 and below 1, got {decay}')
         self.decay, self.monitor, self.mean = decay, monitor, None
 
-    def average(self, mean, now, n): # the first steps count less: the weights were still far away
-        return mean + (1 - ((1 + n)/(10 + n)).clamp(max=self.decay))*(now - mean)
+    def average(self, means, now, _):
+        if not means[0].is_floating_point(): return [a.copy_(b) for a,b in zip(means, now)]
+        n = self.mean.n_averaged.item() # a first step counts less: the weights were still far away
+        torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + n)/(10 + n)))
 
     def before_fit(self):
         if self.learn.lock.locked(): return # prediction or validation
         self.trained = unwrap(self.learn.model)
-        self.mean = AveragedModel(self.trained, avg_fn=self.average, use_buffers=True).eval()
+        self.mean = AveragedModel(self.trained, multi_avg_fn=self.average, use_buffers=True).eval()
         self.best = self.record = self.weights = None
     def after_batch(self): self.mean.update_parameters(self.trained)
     def before_validate(self):
