@@ -13,7 +13,7 @@ demo: $(READY)
 
 test: $(READY) notebooks-in-step
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(MAKE) --no-print-directory wheel
 
 lab: $(READY)

@@ -74,6 +74,7 @@ def links(nbs): # what a name in backticks leads to
 def linked(md, to): # Markdown with links on the names it has in backticks
     def line(l):
         if l.startswith('#'): return l
+        if m := re.match(r'\| `[*\w]+` \| ', l): return m[0] + line(l[m.end():]) # a parameter is no function of that name
         sub = lambda m: f'[{m[0]}]({to[m[1]]})' if m[1] in to else m[0]
         return re.sub(r'(?<!\[)(?<!`)`([\w.]+)(?:\(\))?`(?!`)(?!\]\()', sub, l)
     fenced, out = False, []

@@ -248,15 +248,34 @@ def _build_for(tensors:dict[str,Tensor], config:dict) -> nn.Module: # with fresh
         with torch.device('meta'): build(config).load_state_dict(tensors, assign=True)
     return build(config)
 
+# %% ../nbs/23_checkpoints.ipynb #64b223a7
+def _from_hub(name:str) -> str: # 'user/name' -> folder
+    try: import huggingface_hub as hub
+    except ImportError: raise AderError("networks of the Hugging Face Hub need huggingface_hub; install "
+                                        "it by: pip install 'ader-distill[hub]'") from None
+    try: return hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.json'])
+    except Exception as e:
+        why = str(e).strip().split('\n')[0]
+        raise AderError(f'hf://{name} could not be fetched ({type(e).__name__}: {why[:200]})') from None
+
+def _find_saved(path:str|Path) -> Path: # the common stem of its files
+    "A saved network, by its folder, by one of its files, by their stem, or on the Hub."
+    p = Path(_from_hub(path[5:]) if str(path).startswith('hf://') else path)
+    named = not p.is_dir() or p.name and all(f.is_file() for f in saved_files(p))
+    if named: return saved_files(p)[0].with_suffix('')
+    found = [o.with_suffix('') for o in p.glob('*.safetensors') if o.with_suffix('.json').is_file()]
+    if len(found) == 1: return found[0]
+    raise AderError(f'{p} must hold one saved network (.safetensors with .json), not {len(found)}')
+
 # %% ../nbs/23_checkpoints.ipynb #89de68df
 def load(
-    path:str|Path, # as given to `save`
+    path:str|Path, # as given to `save`; the folder it is in; or 'hf://user/name', of the Hub
     into:nn.Module|None=None, # load into this network; default: build it from the description
     device:str|torch.device='cpu' # where the network goes
 ) -> nn.Module: # in evaluation mode, with `metadata`
     "The network that was saved."
     from safetensors.torch import load as from_bytes
-    weights, about = saved_files(path)
+    weights, about = saved_files(_find_saved(path))
     d, data = read_json(about), _read(weights)
     if hashlib.sha256(data).hexdigest() != d.get('sha256'):
         raise AderError(f'{weights} is damaged, or not the file that {about.name} describes: '

@@ -23,7 +23,7 @@ from .attention import add_attention
 from .checkpoints import (Resume, atomic_write, check_folder, checksum, load, read_json,
                               remove_temp_files, save, saved_files, seed_everything, versions)
 from .data import AderError, digits, load_data, rank_and_world
-from .deploy import _data_for, _find_saved, _load_data, _load_several
+from .deploy import _data_for, _load_data, _load_several
 from .evaluation import (accuracy_curves, check_teacher, compare, markdown_table,
                              plot_attention, plot_curves)
 from .methods import METHODS, make_method
@@ -271,14 +271,14 @@ def _measure_student(net, dl, threat, images, seed, target, tty):
 def ader_distill(
     method:str='ADER', # how to train; --list shows all methods
     student:str='small_resnet', # network, with arguments: small_resnet:width=32,blocks=2
-    clean:str=None, # naturally trained teacher: folder, .safetensors or .json file
+    clean:str=None, # naturally trained teacher: folder, file, or hf://user/name
     robust:str=None, # adversarially trained teacher: likewise
     list:bool=False, # show the methods and what they use, and do nothing
     **kwargs
 ):
     "Train a student by any method, measure it, and save it with a report; continues when killed."
     if list: return print(markdown_table(pd.DataFrame(METHODS).set_index('method')))
-    teachers = {k: p and load(_find_saved(p)) for k,p in dict(clean=clean, robust=robust).items()}
+    teachers = {k: p and load(p) for k,p in dict(clean=clean, robust=robust).items()}
     config = dict(student=student, **{k: t and checksum(t) for k,t in teachers.items()})
     metadata = next((t.metadata for t in teachers.values() if t and t.metadata), {})
     make = partial(make_method, method, *teachers.values())

@@ -15,7 +15,7 @@ from .attention import add_attention
 from .checkpoints import (atomic_write, check_folder, load, read_json, remove_temp_files, save,
                               saved_files, seed_everything, versions)
 from .data import AderError, load_data
-from .deploy import _find_saved, ader_export
+from .deploy import ader_export
 from .evaluation import check_teacher, evaluate
 from .methods import make_method, teachers_of
 from .networks import net_from_text
@@ -184,7 +184,7 @@ def ader_fit(
     out:str='classifier', # folder to write to
     method:str='ADERPlus', # of the student; ader_distill --list shows all
     student:str=None, # network, such as small_resnet:width=32; default: as the time allows
-    clean:str=None, # the same for the clean teacher; or a saved one, by its folder or file
+    clean:str=None, # the same for the clean teacher; or a saved one: folder, file, hf://user/name
     robust:str=None, # likewise for the robust teacher
     size:int=None, # height and width to which images of a folder are brought; default: 32
     channels:int=None, # of the images of a folder: 3, or 1 for grey; default: 3
@@ -195,8 +195,8 @@ def ader_fit(
     if not minutes > 0: raise AderError(f'--minutes must be above 0, got {minutes}')
     some, given = torch.nn.Identity(), dict(clean=clean, robust=robust, student=student)
     parts = [*teachers_of(type(make_method(method, some, some))), 'student']
-    saved = {k: load(_find_saved(v)) for k,v in given.items()
-             if k in parts[:-1] and v and Path(v).exists()}
+    saved = {k: load(v) for k,v in given.items()
+             if k in parts[:-1] and v and (Path(v).exists() or v.startswith('hf://'))}
     asked = dict(data=str(data), method=method, size=size, channels=channels, eps=eps, seed=seed)
     out = check_folder(out)
     clock = Clock(out/'plan.json', minutes, **asked, **given)

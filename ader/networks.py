@@ -151,9 +151,10 @@ def _init_weights(net:nn.Module) -> nn.Module:
 
 # %% ../nbs/21_networks.ipynb #fcd89401
 def _basic_block(i:int, o:int, stride:int) -> nn.Module:
+    if stride == 1 and i == o: return _tv.resnet.BasicBlock(i, o, stride)
     some = [nn.AvgPool2d(1, stride)] if i < 8 else [] # else oneDNN writes outside its memory (AVX2)
     short = nn.Sequential(*some, *_conv_bn(i, o, 1, 1 if some else stride))
-    return _tv.resnet.BasicBlock(i, o, stride, short if stride > 1 or i != o else None)
+    return _tv.resnet.BasicBlock(i, o, stride, short)
 
 # %% ../nbs/21_networks.ipynb #81a444d7
 def _resnet(widths, n, in_channels, classes, mean, std, stem_stride=1) -> Net:

@@ -484,7 +484,8 @@ def make_table(
     for (data, defense),found in _found(table, scale, records, **kwargs).items():
         ours, theirs = list(found.values()), _paper_cells(table, data, defense)
         if not (ours or theirs): continue
-        rows[data, MAPS.get(defense, defense)] = {a: (_scores(ours, a), theirs.get(a)) for a in columns}
+        row = {a: (_scores(ours, a), theirs.get(a)) for a in columns}
+        rows[data, MAPS.get(defense, defense)] = row
     best = {(d, a): max((v[a][0].mean() for (k,_),v in rows.items() if k == d and len(v[a][0])),
                         default=None) for d,_ in rows for a in columns}
     def cell(data, attack, ours, theirs):
@@ -573,7 +574,7 @@ def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict
 # %% ../nbs/28_reproduce.ipynb #a0e814c9
 def ader_reproduce(
     table:str, # table1 to table7, fig2 to fig4, front; several separated by commas, or all
-    scale:str='digits', # digits: minutes; laptop: CIFAR-10, a CPU; front: a GPU; paper: its settings
+    scale:str='digits', # digits: minutes; laptop: CIFAR-10, CPU; front: GPU; paper: its settings
     only:str=None, # defenses, separated by commas: ADER,RSLAD; default: all of the table
     seeds:str='0', # of everything random, separated by commas
     folder:str='runs', # networks and checkpoints

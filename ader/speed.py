@@ -200,7 +200,8 @@ class Replay:
         return AttentionOutput(*map(fresh, out)) if isinstance(out, AttentionOutput) else fresh(out)
 
     def record(self, args): # -> graph, its inputs, its output; None if `f` can't be recorded
-        inputs, here, side = [o.clone() for o in args], torch.cuda.current_stream(), torch.cuda.Stream()
+        inputs = [o.clone() for o in args]
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(2): self.f(*inputs) # whatever is made at a first call is there then
@@ -213,7 +214,7 @@ class Replay:
 
 # %% ../nbs/22_speed.ipynb #18250ed2
 class ForeachAdam(Optimizer):
-    "fastai's `Adam` with decoupled weight decay, for all tensors at a time; the same to the last bit."
+    "fastai's `Adam` with decoupled weight decay, all tensors at a time; the same to the last bit."
     def __init__(self, params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01):
         super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 

@@ -1,5 +1,5 @@
 "An exported student: its file gives what the network gives, says what was measured, needs no ader."
-import base64, json, subprocess, sys, threading
+import base64, hashlib, json, subprocess, sys, threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +15,7 @@ from ader.attention import InputAdapter, add_attention, forward_with_attention
 from ader.checkpoints import load, save
 from ader.cli import ader_export_cli
 from ader.data import AderError, digits, image_folder
-from ader.deploy import (StraightThrough, _data_for, _find_saved, ader_export, check_onnx,
+from ader.deploy import (StraightThrough, _data_for, ader_export, check_onnx,
                          compare_int8, costs, model_card, onnx_session, push_to_hub, run_onnx,
                          to_int8, to_onnx)
 from ader.evaluation import evaluate
@@ -273,14 +273,14 @@ def test_without_an_extra(saved, tmp_path, monkeypatch, module, extra):
     assert not (tmp_path/'out').exists()
 
 def test_the_images_of_a_network(saved, pictures):
-    net = load(_find_saved(saved))
+    net = load(saved)
     assert _data_for(net).test.dataset.name == 'digits'
     ds = _data_for(net, str(pictures)).test.dataset # size, channels and classes from the metadata
     assert ds.x.shape[1:] == (1,8,8) and ds.classes == net.metadata['classes']
     cases = {'say by --data': dict(data='holidays'), 'has image': dict(image=[3,32,32]),
              'has classes': dict(classes=list('abcdefghij'))}
     for says,more in cases.items():
-        net.metadata = {**load(_find_saved(saved)).metadata, **more}
+        net.metadata = {**load(saved).metadata, **more}
         with pytest.raises(AderError, match=says): _data_for(net)
 
 
@@ -341,12 +341,27 @@ def test_classify_knows_the_classes(alone, export, pictures, student, dls):
 # The Hub
 
 class Hub:
-    "The part of the Hugging Face Hub that an upload talks to, on this machine."
-    def __init__(self, refuse=None):
+    "The part of the Hugging Face Hub that an upload and a download talk to, on this machine."
+    def __init__(self, refuse=None, files={}):
         seen = self.seen = []
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args): pass
-            def do_GET(self): self.answer(404, {'error': 'not here'})
+            def do_GET(self):
+                *_,name = self.path.split('/')
+                if self.path.startswith('/api/models/me/it/revision'):
+                    return self.answer(200, dict(id='me/it', sha='0'*40, siblings=[dict(rfilename=f) for f in files]))
+                if self.path.startswith('/api/models/me/it/tree'):
+                    return self.answer(200, [dict(type='file', path=f, size=len(b), oid='0'*40) for f,b in files.items()])
+                if '/resolve/' in self.path and name in files: return self.file(files[name])
+                self.answer(404, {'error': 'not here'})
+            do_HEAD = do_GET
+            def file(self, data):
+                self.send_response(200)
+                for k,v in {'Content-Length': len(data), 'X-Repo-Commit': '0'*40,
+                            'ETag': f'"{hashlib.sha256(data).hexdigest()}"'}.items():
+                    self.send_header(k, str(v))
+                self.end_headers()
+                if self.command == 'GET': self.wfile.write(data)
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
                 seen.append((self.path, self.headers.get('Authorization'), body))
@@ -382,7 +397,7 @@ def at_hub(monkeypatch):
     "Lets huggingface_hub talk to another address."
     def to(url):
         api = hub.HfApi(url, 'hf_secret')
-        for f in ('create_repo', 'upload_folder'): monkeypatch.setattr(hub, f, getattr(api, f))
+        for f in ('create_repo', 'upload_folder', 'snapshot_download'): monkeypatch.setattr(hub, f, getattr(api, f))
     return to
 
 def test_push_sends_every_file_whole(export, at_hub):
@@ -409,3 +424,22 @@ def test_push_refused(export, at_hub):
     for repo in ('me/it', 'a/b/c'):
         with pytest.raises(AderError, match='could not push'): push_to_hub(export, repo)
     with pytest.raises(AderError, match='no README.md'): push_to_hub(export.parent, 'me/it')
+
+def test_a_network_of_the_hub(export, student, dls, at_hub, tmp_path, monkeypatch):
+    "Weights and description come, nothing else, and the network answers as it did here."
+    files = {o.name: o.read_bytes() for o in export.iterdir()}
+    with Hub(files=files) as h:
+        at_hub(f'http://127.0.0.1:{h.server.server_address[1]}')
+        fetch = hub.snapshot_download
+        monkeypatch.setattr(hub, 'snapshot_download', lambda *args, **kw: fetch(*args, cache_dir=tmp_path, **kw))
+        net = load('hf://me/it')
+    x = dls.test.dataset[:10][0]
+    with torch.no_grad(): assert torch.equal(net(x), student.eval()(x))
+    assert {f.suffix for f in tmp_path.rglob('*.*') if f.is_file() and 'snapshots' in f.parts} == {'.safetensors', '.json'}
+
+def test_no_network_of_the_hub(at_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    at_hub('http://127.0.0.1:9')
+    with pytest.raises(AderError, match='hf://me/it could not be fetched'): load('hf://me/it')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(AderError, match="ader-distill.hub"): load('hf://me/it')
