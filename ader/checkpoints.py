@@ -251,12 +251,12 @@ def _build_for(tensors:dict[str,Tensor], config:dict) -> nn.Module: # with fresh
 # %% ../nbs/23_checkpoints.ipynb #64b223a7
 def _from_hub(name:str) -> str: # 'user/name' -> folder
     try: import huggingface_hub as hub
-    except ImportError: raise AderError("networks of the Hugging Face Hub need huggingface_hub; install "
-                                        "it by: pip install 'ader-distill[hub]'") from None
+    except ImportError: raise AderError("networks of the Hugging Face Hub need huggingface_hub; "
+                                        "install it by: pip install 'ader-distill[hub]'") from None
     try: return hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.json'])
     except Exception as e:
-        why = str(e).strip().split('\n')[0]
-        raise AderError(f'hf://{name} could not be fetched ({type(e).__name__}: {why[:200]})') from None
+        why = f'{type(e).__name__}: ' + str(e).strip().split('\n')[0][:200]
+        raise AderError(f'hf://{name} could not be fetched ({why})') from None
 
 def _find_saved(path:str|Path) -> Path: # the common stem of its files
     "A saved network, by its folder, by one of its files, by their stem, or on the Hub."
