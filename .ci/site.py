@@ -95,11 +95,14 @@ def short(s): # torch.Tensor -> Tensor; 0.031372549019607843 -> 8/255
 def in_cell(s): return str(s).replace('|', '\\|').replace('\n', ' ')
 def as_code(s): return f'`{in_cell(s)}`' if s else ''
 
+def parameters(o):
+    try: return inspect.signature(o).parameters
+    except (ValueError, TypeError): return {}
+
 def table(o): # the parameters of `o`, with types, defaults and docments
     empty, rows = inspect.Parameter.empty, []
     docs = docments(o, full=True)
-    try: params = inspect.signature(o).parameters
-    except (ValueError, TypeError): return ''
+    params = parameters(o)
     def kind(a): return '' if a in (empty, None) else short(a if isinstance(a, str) else inspect.formatannotation(a))
     for n,p in params.items():
         d = docs.get(n) or {}
@@ -160,7 +163,9 @@ def prepare(nb, to):
         elif d.keys() & {'hide', 'default_exp', 'exporti'} or (not code(c) and c['cell_type'] == 'code'): continue
         else:
             if 'export' in d:
-                for n in definitions(code(c)): cells.append(md_cell(linked(entry(nb, n), to)))
+                for n in definitions(code(c)):
+                    own = parameters(nb.symbols[n]) # a word of the docstring that is one of these is no link
+                    cells.append(md_cell(linked(entry(nb, n), {k: v for k,v in to.items() if k not in own})))
             keep = ''.join(f'#| {k}: {v}\n' for k,v in d.items() if v)
             c = outputs({**c, 'source': keep + code(c), 'execution_count': None})
             for o in c.get('outputs', []):

@@ -54,6 +54,13 @@ def test_a_name_in_prose_leads_to_its_entry(maker, built):
         'See [`ader.attacks.PGD`](attacks.html#PGD), [`PGD()`](attacks.html#PGD), ``PGD`` and [`PGD`](x.html).\n```\n`PGD`\n```'
     assert maker.linked('[next](03_losses.ipynb#eq), [home](index.ipynb)', to) == '[next](losses.ipynb#eq), [home](index.ipynb)'
 
+def test_a_parameter_leads_nowhere(built):
+    "Though a function has the same name."
+    for f in built[0].glob('*.html'):
+        if f.stem == 'api': continue
+        for row in re.findall(r'<tr[^>]*>\s*<td[^>]*>(.*?)</td>', f.read_text(), re.S): # its first cell
+            assert not re.fullmatch(r'\s*<a [^>]*><code>\w+</code></a>\s*', row), (f.name, row)
+
 def test_every_symbol_has_an_entry_with_its_parameters_and_its_source(maker, built):
     seen = 0
     for nb in (maker.Notebook(NBS/n) for n in NAMES):
@@ -125,6 +132,15 @@ def test_every_page_in_a_browser(served, built, browser, size, scheme):
         assert (facts['back'] < facts['fore']) == (scheme == 'dark'), (f.name, facts)
     assert not said
     context.close()
+
+def test_code_is_not_cut_off(served, built, browser):
+    "On a small desktop, but for a few lines that are too long everywhere."
+    page, cut = browser.new_page(viewport=dict(width=1280, height=900)), []
+    for f in sorted(built[0].glob('*.html')):
+        page.goto(f'{served}/{f.name}')
+        cut += page.evaluate("[...document.querySelectorAll('main pre')].map(o => o.scrollWidth > o.clientWidth + 1)")
+    page.close()
+    assert len(cut) > 500 and sum(cut) < 0.05*len(cut)
 
 def test_search_finds_the_attention_block(served, browser):
     page = browser.new_page()
