@@ -352,8 +352,9 @@ SECTIONS = { # function, and the relative and absolute difference that is allowe
     'trained_in_double': (trained_in_double, (1e-7, 1e-8))}
 
 # In single precision a training goes elsewhere when another CPU, or another torch, rounds
-# otherwise: one sign of a gradient decides a pixel. There these are allowed; None: no comparison.
-ELSEWHERE = dict(trained_weights=(0.02, 0.05), trained_accuracies=(0., 0.03), trained_bytes=None)
+# otherwise: one sign of a gradient decides a pixel, and an image of 27 is 0.037. There these are
+# allowed; None: no comparison.
+ELSEWHERE = dict(trained_weights=(0.02, 0.05), trained_accuracies=(0., 0.06), trained_bytes=None)
 
 # ---- comparison ------------------------------------------------------------------------------
 
