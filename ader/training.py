@@ -459,11 +459,15 @@ class WeightEMA(Callback):
         self.trained.load_state_dict(self.weights or self.mean.module.state_dict())
         if self.record: self.learn.final_record = L(self.record)
 
-    def state_dict(self):
-        return dict(mean=self.mean.state_dict(), best=(self.best, self.record, self.weights))
-    def load_state_dict(self, d):
-        self.mean.load_state_dict(d['mean'])
-        self.best, self.record, self.weights = d['best']
+# %% ../nbs/05_training.ipynb #bfe030db
+@patch
+def state_dict(self:WeightEMA) -> dict:
+    return dict(mean=self.mean.state_dict(), best=(self.best, self.record, self.weights))
+
+@patch
+def load_state_dict(self:WeightEMA, d:dict):
+    self.mean.load_state_dict(d['mean'])
+    self.best, self.record, self.weights = d['best']
 
 # %% ../nbs/05_training.ipynb #0fa2dc30
 class PrintEpochs(Callback):

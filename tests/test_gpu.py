@@ -1,14 +1,13 @@
 "The fast path on a GPU, where there is one; nothing is faked where there is none."
-import os, pytest, torch
+import pytest, torch
 from contextlib import contextmanager
-from copy import deepcopy
 from torch import nn
 from ader.data import digits
 from ader.networks import mobilenet_v2, small_resnet
 from ader.attention import add_attention
-from ader.attacks import CW_inf, PGD, PGD_sat, Threat
+from ader.attacks import PGD, PGD_sat, Threat
 from ader.speed import FrozenCopy, dtype_of
-from ader.methods import ADER, make_method, methods, teachers_of
+from ader.methods import ADER, make_method, methods
 from ader.teachers import train
 from ader.evaluation import evaluate
 from ader.bench import bench_epoch, bench_train
@@ -26,7 +25,8 @@ def test_the_copy_answers_as_the_network(make, precision, tolerance):
     torch.testing.assert_close(FrozenCopy(net, x, precision)(x), want, rtol=0, atol=tolerance*want.abs().max().item())
 
 
-@pytest.mark.parametrize('attack', [PGD(Threat(0.1)), CW_inf(Threat(0.1)), PGD(Threat(1., 'L2'))], ids=repr)
+@pytest.mark.parametrize('attack', [PGD(Threat(0.1), start='image'), PGD(Threat(0.1), start='image', loss='cw'),
+                                    PGD(Threat(1., 'L2'), start='image')], ids=repr)
 def test_an_attack_finds_what_it_finds_on_the_cpu(attack):
     "From the image itself, so that nothing is random; cuDNN adds in another order, so not bit by bit."
     net = small_resnet().eval()
