@@ -6,7 +6,7 @@
 __all__ = ['describe', 'Clock', 'plan_nets', 'ader_fit']
 
 # %% ../nbs/30_fit.ipynb #280cb262
-import importlib.util, json, platform, time, torch
+import importlib.util, io, json, platform, time, torch
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,7 @@ def _write(out:Path, data, net, clock:Clock, report, auto):
     scores = report.table.set_index('attack').accuracy.to_dict()
     save(net, out/'student', test=dict(scores, images=len(report.y), verdict=report.verdict))
     onnx = all(map(importlib.util.find_spec, ('onnx', 'onnxruntime', 'onnxscript')))
-    with redirect_stdout(None): ader_export(str(out/'student'), onnx, data=str(data), out=str(out))
+    with redirect_stdout(io.StringIO()): ader_export(str(out/'student'), onnx, data=str(data), out=str(out))
     if not onnx: print("for an ONNX file: pip install 'ader-distill[onnx]', then ader_export")
     rows = lambda t: [] if t is None else t.to_dict('records')
     record = dict(
