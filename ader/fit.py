@@ -12,16 +12,17 @@ from functools import partial
 from pathlib import Path
 from .attacks import AutoAttack, Threat
 from .attention import add_attention
+from .bench import _matmul_rate
 from .checkpoints import (atomic_write, check_folder, load, read_json, remove_temp_files, save,
                               saved_files, seed_everything, versions)
 from .data import AderError, load_data
 from .deploy import ader_export
 from .evaluation import check_teacher, evaluate
 from .methods import make_method, teachers_of
-from .networks import net_from_text
+from .networks import multiply_adds, net_from_text
 from .reproduce import measure_seconds
 from .sanity import report_page, robustness_report
-from .speed import one_thread
+from .speed import dtype_of, one_thread
 from .teachers import train
 from .training import SAT, Natural, WeightEMA, _check_teacher
 from fastai.callback.core import Callback
@@ -70,7 +71,7 @@ class Clock:
         atomic_write(self.file, json.dumps(d, indent=1).encode())
 
 # %% ../nbs/30_fit.ipynb #4dfa89a2
-_WIDTHS = 64, 48, 32, 24, 16, 8
+_WIDTHS = 8, 16, 24, 32, 48, 64
 _SHARES = dict(clean=0.15, robust=0.4, student=0.45) # of the time for training
 _NAMES = dict(clean='clean teacher', robust='robust teacher', student='student')
 
@@ -92,14 +93,15 @@ def plan_nets(
     dls, clock:Clock, threat:Threat, # images; time; of the attacks
     share:float=0.45 # of the training time that is the student's
 ) -> dict[str,str]: # part -> network
-    "The widest networks of which a student can be trained for fifteen epochs."
-    side = dls.train.dataset.x.shape[-1]
-    net = _fresh(_net_text(16, side), dls)
-    epoch, _ = measure_seconds(_method('robust', '', {}, threat), net, dls)
-    epochs = lambda width: clock.for_training*share/(epoch*(width/16)**1.5)
-    width = next((w for w in _WIDTHS if epochs(w) >= 15), _WIDTHS[-1])
-    wide = max(width*3//16*8, 8)
-    return {k: _net_text(w, side) for k,w in dict(clean=width, robust=wide, student=width).items()}
+    "The widest networks of which a student can be trained for five epochs by SAT."
+    side, best = dls.train.dataset.x.shape[-1], _WIDTHS[0]
+    for width in _WIDTHS[1:]:
+        net = _fresh(_net_text(width, side), dls)
+        epoch, _ = measure_seconds(_method('robust', '', {}, threat), net, dls)
+        if 5*epoch > share*clock.for_training: break
+        best = width
+    wide = max(best*3//16*8, 8)
+    return {k: _net_text(w, side) for k,w in dict(clean=best, robust=wide, student=best).items()}
 
 # %% ../nbs/30_fit.ipynb #0a93d444
 class _Lines(Callback): # of progress
@@ -113,22 +115,34 @@ class _Lines(Callback): # of progress
         self.clock.note()
 
 # %% ../nbs/30_fit.ipynb #416fd76b
-def _epochs(part, text, make, dls, clock, parts) -> int: # of a part, planned once
+def _throughput(part, method, text, dls, epoch:float) -> dict: # of training, from an epoch's seconds
+    "Images a second, and the share of the rate at which this device multiplies large matrices."
+    size = dls.train.dataset.x.shape[1:]
+    m = multiply_adds(_fresh(text, dls), size)
+    passes = dict(clean=3, robust=7).get(part, 7 if method == 'SAT' else 10) # forward ones count 1
+    speed = len(dls.train.dataset)/epoch
+    rate = _matmul_rate(dtype_of('auto', _fresh(text, dls)), dls.device)
+    return dict(images_per_second=speed, share_of_matmul=speed*passes*m/rate)
+
+def _epochs(part, method, text, make, dls, clock, parts) -> int: # of a part, planned once
     if part not in clock.plan:
         epoch, one = measure_seconds(make(), _fresh(text, dls), dls)
         share = _SHARES[part]/sum(_SHARES[o] for o in parts[parts.index(part):])
         n = max(int(0.95*share*clock.for_training/epoch), 1)
-        clock.note(**{part: dict(net=text, epochs=n, seconds_an_epoch=epoch, seconds_a_step=one)})
-        print(f'{_NAMES[part]}: {text}, {n} epochs, about {n*epoch/60:.1f} min', flush=True)
-        if part == 'student' and n < 8:
+        speed = _throughput(part, method, text, dls, epoch)
+        clock.note(**{part: dict(speed, net=text, epochs=n, seconds_an_epoch=epoch,
+                                 seconds_a_step=one)})
+        print('{}: {}, {} epochs, about {:.1f} min; {:,.0f} images/s, {:.0%} of the matmul rate'
+              .format(_NAMES[part], text, n, n*epoch/60, *speed.values()), flush=True)
+        if part == 'student' and n < 5:
             print('This is too short to expect much: give it more --minutes.', flush=True)
     return clock.plan[part]['epochs']
 
-def _fit_part(part, text, make, dls, clock, parts, threat, seed, out):
+def _fit_part(part, method, text, make, dls, clock, parts, threat, seed, out):
     "The trained network of a part, or the one that was trained before."
     target = out/'parts'/part
     if all(f.exists() for f in saved_files(target)): return load(target, device=dls.device)
-    n = _epochs(part, text, make, dls, clock, parts)
+    n = _epochs(part, method, text, make, dls, clock, parts)
     decay = 0.995 if n*len(dls.train) > 2000 else 0.95
     ema = WeightEMA(decay, 'clean' if part == 'clean' else 'pgd-10')
     learn = train(make(), _fresh(text, dls, seed), dls, n, seed=seed, progress=False,
@@ -182,7 +196,7 @@ def ader_fit(
     data:str, # a folder of images, digits, cifar10 or cifar100
     minutes:float=60, # for everything
     out:str='classifier', # folder to write to
-    method:str='ADERPlus', # of the student; ader_distill --list shows all
+    method:str=None, # of the student; default: ADERPlus where a teacher is given, else SAT
     student:str=None, # network, such as small_resnet:width=32; default: as the time allows
     clean:str=None, # the same for the clean teacher; or a saved one: folder, file, hf://user/name
     robust:str=None, # likewise for the robust teacher
@@ -194,6 +208,7 @@ def ader_fit(
     "A robust classifier from a folder of images, within a time; continues when killed."
     if not minutes > 0: raise AderError(f'--minutes must be above 0, got {minutes}')
     some, given = torch.nn.Identity(), dict(clean=clean, robust=robust, student=student)
+    method = method or ('ADERPlus' if clean or robust else 'SAT')
     parts = [*teachers_of(type(make_method(method, some, some))), 'student']
     saved = {k: load(v) for k,v in given.items()
              if k in parts[:-1] and v and (Path(v).exists() or v.startswith('hf://'))}
@@ -203,8 +218,8 @@ def ader_fit(
     if 'finished' in clock.plan: return print(f'This is finished: see {out/"report.html"}')
     dls = load_data(data, seed=seed, size=size, channels=channels)
     threat = Threat(dls.train.dataset.eps if eps is None else eps)
-    print(f'{describe(dls)}\nL∞ attacks with ε = {threat.eps:.3g}; {clock.left/60:.1f} min left',
-          flush=True)
+    print(f'{describe(dls)}\n{method} against L∞ attacks with ε = {threat.eps:.3g}; '
+          f'{clock.left/60:.1f} min left', flush=True)
     with one_thread() if data == 'digits' else nullcontext():
         nets, left = _check_given(dls, given, saved), [o for o in parts if o not in saved]
         share = _SHARES['student']/sum(_SHARES[o] for o in left)
@@ -212,7 +227,8 @@ def ader_fit(
         texts = clock.plan['nets'] | {k: v for k,v in given.items() if v}
         for part in left:
             make = partial(_method, part, method, dict(nets), threat)
-            nets[part] = _fit_part(part, texts[part], make, dls, clock, left, threat, seed, out)
+            nets[part] = _fit_part(part, method, texts[part], make, dls, clock, left, threat, seed,
+                                   out)
         report, auto = _judge(nets['student'], dls, clock, threat, seed, out)
     _write(out, data, nets['student'], clock, report, auto)
     print(f'\n{report}' + ('' if auto is None else f'\n\n{auto.to_string(index=False)}'))
