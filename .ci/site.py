@@ -154,19 +154,20 @@ def unfit(out): # whether an output is not to be published
     said = ''.join(out.get('text', '')) + ''.join(''.join(v) for k,v in out.get('data', {}).items() if k.startswith('text/'))
     return out['output_type'] == 'error' or out.get('name') == 'stderr' or bool(re.search(FROZEN, said))
 
-def sentence(md): # the last sentence of the prose in some Markdown, as plain text
+def last_words(md): # the last paragraph of some Markdown, as plain text
     prose = [p for p in re.sub(r'```.*?```', '', md, flags=re.S).split('\n\n') if p.strip() and p.lstrip()[0] not in '#|>$<!-']
     s = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', prose[-1]) if prose else ''
-    return re.split(r'(?<=[.!?]) ', re.sub(r'[*`$]|\\\w+', '', ' '.join(s.split())))[-1].rstrip(':. ')
+    return re.sub(r'[*`$]|\\\w+', '', ' '.join(s.split())).rstrip(':')
 
-def alternative(cell, where, above): # what a figure shows, for who can't see it
+def alternative(cell, where, above): # what a figure shows, for who can't see it: its heading and axes, and the text before it
     d, src = directives(cell), code(cell)
     for k in ('fig-alt', 'fig-cap'):
         if d.get(k): return d[k].strip('"\'')
+    title, y, x = (next(iter(re.findall(rf"""{k}(?:=|\()['"]([^'"]+)['"]""", src)), '') for k in ('title', 'ylabel', 'xlabel'))
     comment = re.match(r'#\s*(.+)', src)
-    axes = [next(iter(re.findall(rf"""{k}(?:=|\()f?['"]([^'"]+)['"]""", src)), '') for k in ('title', 'ylabel', 'xlabel')]
-    axes = [axes[0], ' against '.join(o for o in axes[1:] if o)]
-    return ': '.join(dict.fromkeys(o for o in (where, comment[1] if comment else sentence(above), ', '.join(filter(None, axes))) if o))[:300]
+    axes = '; '.join(filter(None, (title, f'{y} against {x}' if x and y else x or y)))
+    alt = '. '.join(filter(None, (where.replace('`', ''), axes, comment[1] if comment else last_words(above))))
+    return alt if len(alt) <= 300 else alt[:300].rsplit(' ', 1)[0] + ' …'
 
 def picture(png, meta, alt, caption): # as HTML, at the size that the notebook shows
     w, h = struct.unpack('>II', base64.b64decode(png)[16:24])
@@ -202,6 +203,12 @@ def outputs(cell, where='', above=''): # a picture takes the place of the slider
         elif 'text/html' in data: data['text/html'] = [tidy(''.join(data['text/html']))]
         if 'text/markdown' in data: data['text/markdown'] = [''.join(data['text/markdown'])]
     return cell
+
+def words(md): # tables of words, marked: on a phone they are shown as lists
+    def one(m):
+        cells = [c for l in m[0].split('\n') for c in re.split(r'(?<!\\)\|', re.sub(r'\([^)]*\)', '', l))]
+        return f'::: {{.words}}\n\n{m[0]}\n\n:::' if max(map(len, cells)) > 36 else m[0]
+    return re.sub(r'(?<!\n\|)(?<!\.params\}\n\n)(?:^\|.*\|\n)\|[-:| ]+\|(?:\n\|.*\|)+', one, md, flags=re.M)
 
 # ---- formulas
 
@@ -266,7 +273,7 @@ def prepare(nb, to):
     cells = [raw_cell(f'---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---')]
     if nb.page != 'index': cells.append(md_cell(run))
     symbols, used, where, above = set(nb.anchors.values()), [], title, ''
-    def text(md): return formulas(linked(md, to))
+    def text(md): return words(formulas(linked(md, to)))
     for c in [md_cell(rest)] + nb.nb['cells'][1:]:
         d = directives(c)
         if c['cell_type'] == 'markdown':
@@ -345,9 +352,11 @@ def local(out): # smalldocs' site, without what it loads from afar
 def mathml(page): # smalldocs loads KaTeX from afar; every browser reads MathML, which quarto writes too (`html-math-method`)
     from latex2mathml.converter import convert
     def one(m):
-        tex = html.unescape(m[2]).strip()[2:-2].strip().replace(r'\arg\max', r'\argmax').replace(r'\arg', r'\mathrm{arg}')
+        tex = html.unescape(m[2]).strip()[2:-2].strip().replace(r'\arg', r'\mathrm{arg}\,')
         tex = re.sub(r'\\[bB]ig+[lr]?\s*(?=\\Vert|\\\|)', '', tex).replace('{aligned}', '{align*}') # it knows the large forms of brackets only
         out = convert(tex, display='block' if m[1] == 'display' else 'inline')
+        out = re.sub(r'<mo ([^>]*minsize[^>]*)>([([{])', r'<mo form="prefix" \1>\2', out) # brackets are no operators between two terms
+        out = re.sub(r'<mo ([^>]*minsize[^>]*)>([])}])', r'<mo form="postfix" \1>\2', out)
         out = re.sub(r'(?:<mi mathvariant="normal">\w</mi>){2,}', lambda w: f'<mi>{re.sub("<[^>]*>", "", w[0])}</mi>', out) # one word
         if '\\' in re.sub(r'<[^>]*>', '', out): raise SystemExit(f'this formula has a command that latex2mathml lacks: {tex}')
         return f'<span class="math {m[1]}">{out}</span>'
