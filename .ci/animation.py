@@ -17,7 +17,7 @@ def frame(x, y, classes, views, eps):
     "The two networks at one ε, a row each, and the slider below."
     fig = plt.figure(figsize=(6.4, 3.9), dpi=100)
     grid = fig.add_gridspec(3, 4, height_ratios=(1, 1, 0.16), width_ratios=(1, 1, 1, 1.5), wspace=0.12,
-                            hspace=0.14, left=0.06, right=0.98, top=0.92, bottom=0.08)
+                            hspace=0.14, left=0.05, right=0.9, top=0.92, bottom=0.08)
     for row,(name, (out, z)) in enumerate(views.items()):
         axs = [fig.add_subplot(grid[row,k]) for k in range(4)]
         axs[0].imshow(z.permute(1,2,0))
