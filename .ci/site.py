@@ -37,7 +37,7 @@ def is_hook(module, name): # a method that a library calls by itself, such as fa
     owner, _, m = name.rpartition('.')
     if not owner or m.startswith('__') or m == 'forward': return False
     theirs = [b for b in attrgetter(owner)(module).__mro__[1:] if not b.__module__.startswith(LIB)]
-    return bool(re.match('(before|after)_(fit|epoch|train|validate|batch|pred|loss|backward|step|cancel)', m)) or any(hasattr(b, m) for b in theirs)
+    return bool(re.match('(before|after)_(fit|epoch|train|validate|batch|pred|loss|backward|step|cancel)|(load_)?state_dict$', m)) or any(hasattr(b, m) for b in theirs)
 
 def inner(o): return getattr(o, 'fget', None) or getattr(o, 'func', o) # the function of a property
 
@@ -207,7 +207,7 @@ def outputs(cell, where='', above=''): # a picture takes the place of the slider
 def words(md): # tables of words, marked: on a phone they are shown as lists
     def one(m):
         cells = [c for l in m[0].split('\n') for c in re.split(r'(?<!\\)\|', re.sub(r'\([^)]*\)', '', l))]
-        return f'::: {{.words}}\n\n{m[0]}\n\n:::' if max(map(len, cells)) > 36 else m[0]
+        return f'::: {{.words}}\n\n{m[0]}\n\n:::' if max(map(len, cells)) > 36 and '-:' not in m[0] else m[0]
     return re.sub(r'(?<!\n\|)(?<!\.params\}\n\n)(?:^\|.*\|\n)\|[-:| ]+\|(?:\n\|.*\|)+', one, md, flags=re.M)
 
 # ---- formulas
@@ -243,13 +243,15 @@ def fold(cell, nb): # the options of an exported cell's code: what is documented
     names = definitions(code(cell))
     shown = [n for n in names if n in nb.symbols]
     if shown: return {'code-fold': 'show' if nb.is_story else 'true', 'code-summary': f'"Source of {", ".join(shown)}"'}
+    if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(code(cell)).body): return {'code-fold': 'true', 'code-summary': 'Imports'}
     private = [o.name for o in ast.parse(code(cell)).body if hasattr(o, 'decorator_list')]
     if private or names: return {'code-fold': 'true', 'code-summary': f'"Internal: {", ".join(names or private)}"'}
     return {}
 
 def elsewhere(nb): # how to run the page without installing anything
     top = f'https://colab.research.google.com/github/{CFG.user}/{CFG.repo}/blob/{CFG.branch}/{CFG.nbs_path.name}/{nb.path.name}'
-    first = f'!git clone -q {CFG.git_url} && pip install -q ./{CFG.repo}\n%cd {CFG.repo}/{CFG.nbs_path.name}'
+    tools = ' '.join(f"'{o}'" for o in CFG.dev_requirements.split() if re.match('nbdev|fastcore|execnb', o)) # what notebooks import
+    first = f'!git clone -q {CFG.git_url} && pip install -q ./{CFG.repo} {tools}\n%cd {CFG.repo}/{CFG.nbs_path.name}'
     return dict(text='Open in Colab', icon='play-circle', href=top), f"""<details class="fold run">
 <summary>Run this page</summary>
 
