@@ -355,10 +355,11 @@ def mathml(page): # smalldocs loads KaTeX from afar; every browser reads MathML,
     from latex2mathml.converter import convert
     def one(m):
         tex = html.unescape(m[2]).strip()[2:-2].strip().replace(r'\arg', r'\mathrm{arg}\,')
-        tex = re.sub(r'\\[bB]ig+[lr]?\s*(?=\\Vert|\\\|)', '', tex).replace('{aligned}', '{align*}') # it knows the large forms of brackets only
+        tex = re.sub(r'\\[bB]ig+[lr]?\s*(?=\\Vert|\\\|)|\\big[lr]?\s*(?=[()[\]])', '', tex).replace('{aligned}', '{align*}') # it knows the large forms of brackets only
         out = convert(tex, display='block' if m[1] == 'display' else 'inline')
         out = re.sub(r'<mo ([^>]*minsize[^>]*)>([([{])', r'<mo form="prefix" \1>\2', out) # brackets are no operators between two terms
         out = re.sub(r'<mo ([^>]*minsize[^>]*)>([])}])', r'<mo form="postfix" \1>\2', out)
+        out = re.sub('<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>', r'<mrow>\1<mo lspace="0.05em" rspace="0">&#x02032;</mo></mrow>', out) # in this font raised by itself
         out = re.sub(r'(?:<mi mathvariant="normal">\w</mi>){2,}', lambda w: f'<mi>{re.sub("<[^>]*>", "", w[0])}</mi>', out) # one word
         if '\\' in re.sub(r'<[^>]*>', '', out): raise SystemExit(f'this formula has a command that latex2mathml lacks: {tex}')
         return f'<span class="math {m[1]}">{out}</span>'
