@@ -70,12 +70,67 @@ def test_every_symbol_has_an_entry_with_its_parameters_and_its_source(maker, bui
             md = maker.entry(nb, name)
             for n in [name] + [f'{name}.{m}' for m in nb.methods(name)]:
                 assert ids.count(nb.anchors[n]) == 1
-                file, line = re.search(rf'{n} {{#{re.escape(nb.anchors[n])} .symbol}}.*?{CFG.git_url}/blob/{CFG.branch}/(\S+)#L(\d+)', md, re.S).groups()
+                file, line = re.search(rf'{{#{re.escape(nb.anchors[n])} .symbol}}.*?{CFG.git_url}/blob/{CFG.branch}/(\S+)#L(\d+)', md, re.S).groups()
                 assert re.search(rf'(def|class) {n.split(".")[-1]}\b', (TOP/file).read_text().splitlines()[int(line)-1]), n
             told = [k for k,v in maker.docments(nb.symbols[name]).items() if v and k not in ('return', 'self')]
             assert all(f'| `{k}` |' in md or f'*{k}` |' in md for k in told), name
             seen += bool(told)
     assert seen > 50
+
+def test_source_is_folded_under_its_entry(maker, built):
+    "Open on the pages of the method, with the table of parameters folded; closed elsewhere."
+    for nb in (maker.Notebook(NBS/n) for n in NAMES):
+        page = (built[0]/f'{nb.page}.html').read_text()
+        folds = re.findall(r'<details( open="")? class="code-fold">\s*<summary>Source of ([^<]*)<', page)
+        assert {n for _,names in folds for n in names.split(', ')} == set(nb.symbols), nb.page
+        assert all(bool(is_open) == nb.is_story for is_open,_ in folds), nb.page
+        assert ('<summary>Parameters</summary>' in page) <= nb.is_story, nb.page
+    assert 'RandomCrop.__call__ ' in re.sub('<[^>]*>', ' ', (built[0]/'data.html').read_text()) # not bold
+
+def test_what_a_library_calls_is_not_listed(maker):
+    nb = maker.Notebook(NBS/'05_training.ipynb')
+    assert maker.is_hook(nb.module, 'Method.before_fit') and maker.is_hook(nb.module, 'Method.state_dict')
+    assert not maker.is_hook(nb.module, 'Method.loss') and 'Method.before_fit' not in nb.symbols
+    assert not [n for n in maker.links([nb]) if re.search(r'\.(before|after)_', n)]
+
+def test_a_figure_has_its_size_and_its_words(maker):
+    png = 'iVBORw0KGgoAAAANSUhEUgAAAoAAAAHg' # 640 x 480
+    out = dict(output_type='display_data', data={'image/png': png}, metadata={'image/png': dict(width=320, height=240)})
+    cell = lambda src: dict(cell_type='code', source=src, outputs=[json.loads(json.dumps(out))])
+    shown = lambda src, above='': maker.outputs(cell(src), 'Curves', above)['outputs'][0]['data']['text/html'][0]
+    assert 'width="320" height="240" alt="Two &lt;lines&gt;"' in shown('#| fig-alt: Two <lines>\nplot()')
+    assert '<figcaption>A caption</figcaption>' in shown('#| fig-cap: A caption\nplot()')
+    assert 'alt="Curves. loss against epoch. From a comment"' in shown("# From a comment\nax.set(xlabel='epoch', ylabel='loss')")
+    assert 'alt="Curves. What stands above"' in shown('plot()', 'Before.\n\nWhat *stands* [above](x.html):')
+
+def test_a_frozen_progress_bar_a_warning_or_an_error_is_not_published(maker, built):
+    text = lambda s: dict(output_type='stream', name='stdout', text=[s])
+    for s in ('<progress value="3">', ' 25%|██▌ ', 'a.py:3: UserWarning: old', 'Traceback (most recent call last)'): assert maker.unfit(text(s)), s
+    assert maker.unfit(dict(output_type='error')) and maker.unfit(text('') | dict(name='stderr'))
+    assert not maker.unfit(text('accuracy 25% | 30%, a warning'))
+    for f in built[0].glob('*.html'): assert not re.search('cell-output-(error|stderr)|<progress', f.read_text()), f.name
+
+def test_formulas_are_set_as_they_should_be(maker):
+    show = lambda md: maker.formulas(md)
+    assert show(r'$KL(T\,\|\,S)$, `$KL$`') == r'$\mathrm{KL}(T\,\Vert \,S)$, `$KL$`'
+    assert show(r'$x_{adv} \in \text{some set}, \frac{ab}{c}$') == r'$x_{\mathrm{adv}} \in \text{some set}, \frac{\mathrm{ab}}{c}$'
+    assert show(r'$$a = b \tag{3}$$') == r'$$a = b \qquad\text{(3)}$$'
+    long = show(r'$$' + r'L = S(x) + S(x) + S(x) + S(x) + S(x) + S(x) + S(x) + S(x), \qquad x = \alpha + 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8$$')
+    assert long.count('$$') == 4 # in two lines
+    m = maker.mathml(r'<span class="math display">\[\begin{aligned} a &amp;= \mathrm{KL} \\ b &amp;= 2 \end{aligned}\]</span>')
+    assert '<mtr>' in m and '<mi>KL</mi>' in m and '&amp;' not in m
+
+def test_every_page_opens_in_colab(built):
+    for n in NAMES:
+        page = (built[0]/f'{re.sub(r"^[0-9]+[a-z]*_", "", n[:-6])}.html').read_text()
+        assert f'https://colab.research.google.com/github/{CFG.user}/{CFG.repo}/blob/{CFG.branch}/nbs/{n}' in page, n
+        assert n == 'index.ipynb' or f'git clone' in page, n
+
+def test_badges_are_links_on_the_site_and_pictures_in_the_readme(maker, built):
+    md = '[![CI](https://a.org/b.svg)](https://a.org)'
+    assert maker.linked(md, {}) == '[CI](https://a.org){.badge-link}'
+    readme = (TOP/'README.md').read_text()
+    assert readme.count('[![') >= 4 and all(u.startswith((CFG.git_url, CFG.doc_host)) for u in re.findall(r'\)\]\(([^)]*)\)', readme))
 
 def test_headings_leave_the_anchors_of_symbols_alone(maker):
     assert maker.apart('## ADER\n## ADER+\n## Why\n', {'ader'}, []) == '## ADER {#on-ader}\n## ADER+ {#on-ader-2}\n## Why\n'
@@ -133,14 +188,56 @@ def test_every_page_in_a_browser(served, built, browser, size, scheme):
     assert not said
     context.close()
 
-def test_code_is_not_cut_off(served, built, browser):
-    "On a small desktop, but for a few lines that are too long everywhere."
-    page, cut = browser.new_page(viewport=dict(width=1280, height=900)), []
+MEASURE = '''() => {
+    const all = (q, f) => [...document.querySelectorAll(q)].filter(o => o.checkVisibility() && f(o)).map(o => o.textContent.trim().slice(0, 80) || o.alt)
+    document.querySelectorAll('details').forEach(o => o.open = true)
+    const wide = o => o.scrollWidth > o.clientWidth + 1
+    const lines = o => Math.round(o.getBoundingClientRect().height / parseFloat(getComputedStyle(o).lineHeight))
+    const broken = o => { // a word of a cell in two lines
+        const texts = document.createTreeWalker(o, NodeFilter.SHOW_TEXT)
+        for (let t = texts.nextNode(); t; t = texts.nextNode()) {
+            if (t.parentElement.closest('math')) continue
+            for (const m of t.data.matchAll(/[A-Za-z0-9.]+/g)) {
+                const r = document.createRange(); r.setStart(t, m.index); r.setEnd(t, m.index + m[0].length)
+                if (r.getClientRects().length > 1) return true } }
+        return false }
+    const inside = o => { for (let p = o.parentElement; p; p = p.parentElement) if (getComputedStyle(p).overflowX != 'visible') return true }
+    return {
+        code: all('main pre', wide), formulas: all('main .math.display', wide),
+        words: all('main td', broken), intervals: all('main td', o => /^[\\d.]+ ± [\\d.]+$/.test(o.textContent.trim()) && o.getClientRects().length && getComputedStyle(o).whiteSpace != 'nowrap'),
+        over: all('main *', o => o.getBoundingClientRect().right > innerWidth + 1 && !inside(o)),
+        lists: all('.words, .params', o => [...o.querySelectorAll('td')].some(d => d.getBoundingClientRect().right > innerWidth + 1)),
+        mute: all('main img', o => !o.alt), stretched: all('main figure img[width]', o => o.getBoundingClientRect().width > +o.getAttribute('width') + 1),
+        errors: all('.cell-output-stderr, .cell-output-error, progress', o => true) } }'''
+
+@pytest.mark.parametrize('size', SIZES)
+def test_nothing_is_cut_off_broken_or_mute(served, built, browser, size):
+    "Code, formulas, words in cells, intervals, figures; on a phone a formula or a table of numbers scrolls by itself."
+    w, h = SIZES[size]
+    page, bad = browser.new_page(viewport=dict(width=w, height=h)), {}
     for f in sorted(built[0].glob('*.html')):
         page.goto(f'{served}/{f.name}')
-        cut += page.evaluate("[...document.querySelectorAll('main pre')].map(o => o.scrollWidth > o.clientWidth + 1)")
+        facts = page.evaluate(MEASURE)
+        if size == 'phone': del facts['formulas'], facts['words']
+        bad |= {(f.name, k): v for k,v in facts.items() if v}
     page.close()
-    assert len(cut) > 500 and sum(cut) < 0.05*len(cut)
+    assert not bad
+
+def test_what_is_cut_off_is_seen(browser):
+    page = browser.new_page(viewport=dict(width=400, height=400))
+    page.set_content("""<main style="width: 300px"><pre style="overflow-x: auto">""" + 'x'*200 + """</pre><img src="">
+        <table style="width: 40px; table-layout: fixed"><td style="word-break: break-all">Tensor</td><td>1.0 ± 0.2</td></table>
+        <p style="width: 500px">wide</p><div class="words"><table><td style="min-width: 600px">a</td></table></div><progress></progress></main>""")
+    facts = page.evaluate(MEASURE)
+    page.close()
+    assert all(facts[k] for k in ('code', 'words', 'intervals', 'over', 'lists', 'mute', 'errors')), facts
+
+def test_brackets_grow(served, browser):
+    page = browser.new_page()
+    page.goto(f'{served}/weighting.html')
+    heights = page.evaluate("[...document.querySelectorAll('math mfrac')].map(o => [o, o.previousElementSibling]).filter(([o, b]) => b && b.textContent == '(').map(os => os.map(o => o.getBoundingClientRect().height))")
+    page.close()
+    assert heights and all(b > 0.9*o for o,b in heights)
 
 def test_search_finds_the_attention_block(served, browser):
     page = browser.new_page()
