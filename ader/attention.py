@@ -15,9 +15,7 @@ from .networks import Net, Normalize, archs, build, _check_sizes, _conv_bn, _ini
 # %% ../nbs/01_attention.ipynb #210d8054
 class AttentionBlock(nn.Module):
     "Attention map and class scores from features (Sec. 2.1, after Fukui et al. 2019)."
-    def __init__(self,
-        channels:int, classes:int, depth:int=1 # N, K, and the number of N×3×3 convolutions
-    ):
+    def __init__(self, channels:int, classes:int, depth:int=1): # N, K, number of 3×3 convolutions
         super().__init__()
         _check_sizes(channels=channels, classes=classes, depth=depth)
         conv = lambda planes, *size: (*_conv_bn(channels, planes, *size), nn.ReLU(inplace=True))
@@ -93,9 +91,8 @@ def show_attention(
     "Images, and below them their attention maps laid over them, with one colour scale a row."
     import matplotlib.pyplot as plt
     n, rows, x = len(x), 1 + len(maps), x.detach().float().cpu()
-    wide = n*size + 0.6 + 0.07*max(map(len, names or ['']))
-    fig, axs = plt.subplots(rows, n, figsize=(wide, rows*size*1.05), squeeze=False,
-                            layout='constrained')
+    inches = n*size + 0.6 + 0.07*max(map(len, names or [''])), rows*size*1.05
+    fig, axs = plt.subplots(rows, n, figsize=inches, squeeze=False, layout='constrained')
     grey = dict(cmap='gray', vmin=0, vmax=1, interpolation='nearest')
     for ax,o in zip(axs[0], x): ax.imshow(o.permute(1,2,0), **grey)
     for row,m in zip(axs[1:], maps):
