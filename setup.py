@@ -14,7 +14,7 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
                  'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
-    packages=find_packages(include=['ader', 'ader.*']), package_data={'ader': ['*.csv', '*.json', 'templates/*']}, python_requires='>=' + cfg['min_python'],
+    packages=find_packages(include=['ader', 'ader.*']), package_data={'ader': ['*.csv', '*.json', 'templates/*', 'sample_data/*']}, python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

@@ -19,6 +19,7 @@ from .methods import (ADER, ARD, BMTARD, IAD, IGDM, MART, MTARD, RSLAD, SAAD, TR
                           make_method, methods)
 from .plus import ADERPlus
 from .checkpoints import Resume, load, save
+from .samples import sample_images, sample_net
 from .teachers import attach_attention, from_robustbench, teach, train
 from .evaluation import (accuracy_curves, check_teacher, compare, evaluate, plot_attention,
                              plot_curves, plot_robustness, show_attacked)

@@ -7,27 +7,20 @@ __all__ = ['AttentionOutput', 'AttentionBlock', 'apply_attention', 'AttentionNet
            'forward_with_attention', 'show_attention', 'InputAdapter', 'adapt_input']
 
 # %% ../nbs/01_attention.ipynb #d01e6b21
-import torch
 from collections import namedtuple
 from torch import Tensor, nn
-from torch.nn import functional as F
 from .data import AderError
 from .networks import Net, Normalize, archs, build, _check_sizes, _conv_bn, _init_weights
 
 # %% ../nbs/01_attention.ipynb #210d8054
 class AttentionBlock(nn.Module):
     "Attention map and class scores from features (Sec. 2.1, after Fukui et al. 2019)."
-    def __init__(self,
-        channels:int, # N, channels of the incoming features
-        classes:int, # K
-        depth:int=1 # number of N×3×3 convolutions
-    ):
+    def __init__(self, channels:int, classes:int, depth:int=1): # N, K, number of 3×3 convolutions
         super().__init__()
         _check_sizes(channels=channels, classes=classes, depth=depth)
-        convs = [m for _ in range(depth)
-                 for m in (*_conv_bn(channels, channels), nn.ReLU(inplace=True))]
-        planes = *_conv_bn(channels, classes, 1), nn.ReLU(inplace=True)
-        self.planes = nn.Sequential(*convs, *planes)
+        conv = lambda planes, *size: (*_conv_bn(channels, planes, *size), nn.ReLU(inplace=True))
+        convs = [m for _ in range(depth) for m in conv(channels)]
+        self.planes = nn.Sequential(*convs, *conv(classes, 1))
         self.to_map = nn.Sequential(*_conv_bn(classes, 1), nn.Sigmoid())
         scores = nn.Conv2d(classes, classes, 1)
         self.to_scores = nn.Sequential(scores, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -38,8 +31,7 @@ class AttentionBlock(nn.Module):
 
 # %% ../nbs/01_attention.ipynb #5f558a55
 def apply_attention(
-    g:Tensor, # (B, N, h, w) features
-    m:Tensor # (B, 1, h, w) attention map
+    g:Tensor, m:Tensor # (B, N, h, w) features; (B, 1, h, w) attention map
 ) -> Tensor: # (B, N, h, w)
     "Features weighted by the attention map (Eq. 2)."
     return (1 + m) * g
@@ -52,19 +44,13 @@ AttentionOutput = namedtuple('AttentionOutput', 'logits attention branch_logits'
 class AttentionNet(nn.Module):
     "A network with an attention block before its last stage."
     gives_attention = True # `net(x, attend=True)` works
-    def __init__(self,
-        net:Net, # the network to extend
-        depth:int=1 # convolutions in the attention block
-    ):
+    def __init__(self, net:Net, depth:int=1): # to be extended; convolutions in the block
         super().__init__()
         self.net = net
         self.block = _init_weights(AttentionBlock(net.widths[-2], net.classes, depth))
         self.in_channels, self.classes = net.in_channels, net.classes
 
-    def forward(self,
-        x:Tensor, # (B, C, H, W) images in [0, 1]
-        attend:bool=False # return map and class scores too
-    ) -> Tensor|AttentionOutput:
+    def forward(self, x:Tensor, attend:bool=False): # (B, C, H, W); return map and scores too
         g = self.net.before_last(x)
         m, s = self.block(g)
         z = self.net.head(self.net.stages[-1](apply_attention(g, m)))
@@ -76,15 +62,13 @@ def add_attention(
     depth:int=1 # convolutions in the attention block
 ) -> AttentionNet: # the same network (not a copy) with an attention block
     "Give `net` an attention block before its last stage."
-    if isinstance(net, AttentionNet): raise AderError('this network has an attention block already')
     if not isinstance(net, Net):
-        raise AderError(f'add_attention takes a network of ader.networks, got {type(net).__name__}'
-                        '; for others there is ader.teachers.attach_attention')
+        raise AderError('add_attention takes a network of ader.networks that has no attention yet, '
+                        f'not {type(net).__name__}; see also ader.teachers.attach_attention')
     out = AttentionNet(net, depth)
     out.config = dict(arch='add_attention', net=getattr(net, 'config', None), depth=depth)
     return out
 
-# %% ../nbs/01_attention.ipynb #ab39b261
 archs['add_attention'] = lambda net, depth=1: add_attention(build(net), depth)
 
 # %% ../nbs/01_attention.ipynb #ddc90855
@@ -101,22 +85,27 @@ def forward_with_attention(net:nn.Module, x:Tensor) -> AttentionOutput:
 def show_attention(
     x:Tensor, # (B, C, H, W) images in [0, 1]
     *maps:Tensor, # (B, 1, h, w) attention maps, any resolution; a row each
-    titles:list|None=None, # one for each image
-    names:list|None=None, # one for each row, the images' first
+    titles:list|None=None, names:list|None=None, # one for each image; one for each row
     size:float=1. # inches an image
 ): # -> matplotlib figure
-    "Images, and below them their attention maps, each scaled to its own range."
+    "Images, and below them their attention maps laid over them, with one colour scale a row."
     import matplotlib.pyplot as plt
-    n, rows = len(x), 1 + len(maps)
-    fig, axs = plt.subplots(rows, n, figsize=(n*size + 0.9, rows*size), squeeze=False)
-    for ax,o in zip(axs[0], x.cpu()): ax.imshow(o.permute(1,2,0), cmap='gray', vmin=0, vmax=1)
-    for ax,title in zip(axs[0], titles or []): ax.set_title(title, fontsize=9)
+    n, rows, x = len(x), 1 + len(maps), x.detach().float().cpu()
+    inches = n*size + 0.6 + 0.07*max(map(len, names or [''])), rows*size*1.05
+    fig, axs = plt.subplots(rows, n, figsize=inches, squeeze=False, layout='constrained')
+    grey = dict(cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+    for ax,o in zip(axs[0], x): ax.imshow(o.permute(1,2,0), **grey)
     for row,m in zip(axs[1:], maps):
-        for ax,o in zip(row, m.detach().cpu()): ax.imshow(o[0], cmap='viridis')
+        m = nn.functional.interpolate(m.detach().float().cpu(), x.shape[2:], mode='bilinear')
+        heat = grey | dict(cmap='inferno', vmin=m.min(), vmax=m.max(), alpha=0.6)
+        for ax,image,(o,) in zip(row, x.mean(1), m):
+            ax.imshow(image, **grey)
+            colors = ax.imshow(o, **heat)
+        fig.colorbar(colors, cax=row[-1].inset_axes([1.06, 0, 0.08, 1]))
+    for ax,title in zip(axs[0], titles or []): ax.set_title(title, fontsize=9)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     for ax,name in zip(axs[:,0], names or []):
         ax.set_ylabel(name, fontsize=9, rotation=0, ha='right', va='center')
-    fig.tight_layout(pad=0.3)
     return fig
 
 # %% ../nbs/01_attention.ipynb #47850c67
@@ -126,49 +115,41 @@ class InputAdapter(nn.Module):
         net:nn.Module, # the network
         channels:int|None=None, # that `net` takes, 1 or 3; default: as they come
         size:int|tuple[int,int]|None=None, # (H, W) that `net` takes, or the side of a square
-        mean:float|list[float]=0., # subtracted from pixels in [0, 1]
-        std:float|list[float]=1. # divides them then
+        mean:float|list[float]=0., std:float|list[float]=1. # (x - mean)/std of pixels in [0, 1]
     ):
         super().__init__()
         if channels is not None: _check_sizes(channels=channels)
         if size is not None:
             size = list(size) if isinstance(size, (list, tuple)) else [size]*2
-            if len(size) != 2: raise AderError(f'size must be (height, width), got {size}')
-            _check_sizes(height=size[0], width=size[1])
-            if max(size) > 10_000: raise AderError(f'size is at most 10,000 pixels, got {size}')
+            if [type(o) is int and 0 < o <= 10_000 for o in size] != [True, True]:
+                raise AderError(f'size must be (height, width), at most 10,000 pixels, got {size}')
         self.net, self.channels, self.size = net, channels, size
-        self.normalize = Normalize(mean, std)
-        self.metadata = getattr(net, 'metadata', {})
-        if getattr(net, 'config', None):
-            self.config = dict(arch='input_adapter', net=net.config, channels=channels, size=size,
-                               mean=mean, std=std)
+        self.normalize, self.metadata = Normalize(mean, std), getattr(net, 'metadata', {})
+        config, own = getattr(net, 'config', None), dict(channels=channels, size=size)
+        if config: self.config = dict(arch='input_adapter', net=config, **own, mean=mean, std=std)
 
-    @property
-    def gives_attention(self): return has_attention(self.net)
+    gives_attention = property(lambda self: has_attention(self.net))
 
     def convert(self, x:Tensor) -> Tensor: # (B, C, H, W) in [0, 1] -> what `net` takes
-        c = self.channels or x.shape[1]
-        if (x.shape[1], c) == (3, 1):
-            luma = x.new_tensor([0.299, 0.587, 0.114]).view(3,1,1)
-            x = (x*luma).sum(1, keepdim=True)
-        elif x.shape[1] == 1: x = x.expand(-1, c, -1, -1)
-        elif x.shape[1] != c:
-            raise AderError(f'images of {x.shape[1]} channels cannot be converted to {c} channels')
+        got, c = x.shape[1], self.channels or x.shape[1]
+        if got == 1: x = x.expand(-1, c, -1, -1)
+        elif (got, c) == (3, 1):
+            x = (x*x.new_tensor([0.299, 0.587, 0.114]).view(3,1,1)).sum(1, keepdim=True)
+        elif got != c:
+            raise AderError(f'images of {got} channels cannot be converted to {c} channels')
         if self.size and list(x.shape[2:]) != self.size:
-            x = F.interpolate(x, self.size, mode='bilinear', antialias=True)
+            x = nn.functional.interpolate(x, self.size, mode='bilinear', antialias=True)
         return self.normalize(x)
 
     def forward(self, x:Tensor, attend:bool=False) -> Tensor|AttentionOutput:
         x = self.convert(x)
         return forward_with_attention(self.net, x) if attend else self.net(x)
 
-# %% ../nbs/01_attention.ipynb #7013d627
 archs['input_adapter'] = lambda net, **kwargs: InputAdapter(build(net), **kwargs)
 
 # %% ../nbs/01_attention.ipynb #d9b9b94d
 def adapt_input(
-    net:nn.Module, # a network
-    image:tuple[int,int,int] # (C, H, W) of the images it gets
+    net:nn.Module, image:tuple[int,int,int] # a network; (C, H, W) of the images it gets
 ) -> nn.Module: # `net` itself if it was made for such images, else an `InputAdapter` around it
     "`net` for images of this shape."
     if isinstance(net, InputAdapter): return net

@@ -14,7 +14,6 @@ from .data import AderError
 
 # %% ../nbs/02_losses.ipynb #b4271178
 def _kl(log_s:Tensor, log_t:Tensor, direction:str) -> Tensor: # (B, N), (B, N) -> (B,) nats
-    "Kullback–Leibler divergence of each row of log-probabilities."
     if direction not in ('T||S', 'S||T'):
         raise AderError(f"direction must be 'T||S' or 'S||T', got {direction!r}")
     log_p, log_q = (log_t, log_s) if direction == 'T||S' else (log_s, log_t)
@@ -25,8 +24,7 @@ def _check_temperature(temperature:float):
 
 # %% ../nbs/02_losses.ipynb #82d99ac2
 def soft_kl(
-    student:Tensor, # (B, K) logits
-    teacher:Tensor, # (B, K) logits
+    student:Tensor, teacher:Tensor, # (B, K) logits
     temperature:float=1., # divides both
     direction:str='T||S' # 'T||S': the teacher is the target; 'S||T': Eqs. 5 and 6 as printed
 ) -> Tensor: # scalar, nats, averaged over the batch
@@ -40,7 +38,6 @@ def soft_kl(
 
 # %% ../nbs/02_losses.ipynb #97249290
 def _map_log_probs(m:Tensor, normalize:str, temperature:float) -> Tensor: # (B,1,h,w) -> (B, h*w)
-    "An attention map as a distribution over positions."
     _check_temperature(temperature)
     m = m.flatten(1)
     if normalize == 'softmax': return F.log_softmax(m/temperature, 1)
@@ -65,12 +62,9 @@ def attention_kl(
 
 # %% ../nbs/02_losses.ipynb #3de36318
 def distillation_loss(
-    student:Tensor, # (B, K) logits
-    teacher:Tensor, # (B, K) logits
-    y:Tensor, # (B,) labels
+    student:Tensor, teacher:Tensor, y:Tensor, # (B, K) logits, (B, K) logits, (B,) labels
     alpha:float=0.5, # 0: only labels; 1: only the teacher
-    temperature:float=1., # of the soft labels
-    direction:str='T||S' # of the divergence
+    temperature:float=1., direction:str='T||S' # see `soft_kl`
 ) -> Tensor: # scalar
     "Cross-entropy with labels and divergence from one teacher (Eq. 4)."
     if not 0 <= alpha <= 1: raise AderError(f'alpha must be between 0 and 1, got {alpha}')
@@ -82,11 +76,8 @@ def teacher_loss(
     student:AttentionOutput, # of the student on some images
     teacher:AttentionOutput, # of the teacher on the same images
     attention:float=1., # weight of the attention term: 1 in the paper, 0 leaves it out
-    temperature:float=1., # of the soft labels
-    direction:str='T||S', # of the soft labels
-    att_normalize:str='sum', # see `attention_kl`
-    att_temperature:float=1., # see `attention_kl`
-    att_direction:str='S||T' # see `attention_kl`
+    temperature:float=1., direction:str='T||S', # see `soft_kl`
+    att_normalize:str='sum', att_temperature:float=1., att_direction:str='S||T' # `attention_kl`
 ) -> tuple[Tensor, Tensor]: # soft-label term, weighted attention term
     "The two terms of Eq. 5 or 6."
     soft = soft_kl(student.logits, teacher.logits, temperature, direction)

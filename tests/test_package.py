@@ -26,7 +26,8 @@ def test_its_name_and_what_it_asks_for(wheel):
         info = next(o for o in z.namelist() if o.endswith('/METADATA'))
         about = message_from_string(z.read(info).decode())
         data = {f'templates/{o}' for o in ('classify.txt', 'model_card.md', 'page.html')}
-        data |= {'paper_tables.csv', 'experiments.json'}
+        data |= {'paper_tables.csv', 'experiments.json', 'sample_data/cifar10.zip'}
+        data |= {f'sample_data/{o}' for k in ('clean', 'robust', 'student') for o in (f'{k}.json', f'{k}.safetensors')}
         assert {f'ader/{o}' for o in data} <= set(z.namelist())
     assert about['Name'] == 'ader-distill'
     extras = {'robustbench', 'onnx', 'hub', 'accelerate', 'ray', 'dev'}
