@@ -15,10 +15,10 @@ settings.load_profile('ader')
 
 torch.set_num_threads(1) # such small networks are slower with more
 
-LONG = 'readme', 'fit', 'reproduce', 'distributed', 'cli', 'site' # files that take minutes
+LONG = 'site', 'readme', 'reproduce', 'cli', 'distributed', 'fit', 'deploy', 'doors' # the longest first
 
 def pytest_collection_modifyitems(items):
-    "The long files first: with two processes a long one at the end would run alone."
+    "With two processes a long file at the end would run alone."
     rank = {f'test_{k}.py': i for i,k in enumerate(LONG)}
     items.sort(key=lambda o: rank.get(o.path.name, len(LONG)))
 

@@ -95,9 +95,9 @@ def test_every_method_continues(pair, small, tmp_path, name):
         torch.manual_seed(3)
         method = make_method(name, *pair, steps=1)
         net = add_attention(small_resnet(width=4))
-        return records(train(method, net, small(), 2, seed=1, progress=False, resume=resume,
+        return records(train(method, net, small(40, 10), 2, seed=1, progress=False, resume=resume,
                              cbs=[WeightEMA(0.9, 'clean'), *(cbs or [])]))
-    with pytest.raises(Stop): go(tmp_path/'x', [StopAt('before_batch', 1, 2)])
+    with pytest.raises(Stop): go(tmp_path/'x', [StopAt('before_batch', 1, 1)])
     assert same(go(), go(tmp_path/'x'))
 
 @pytest.mark.parametrize('kind', ['fastai', 'torch'])

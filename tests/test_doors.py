@@ -115,14 +115,14 @@ def test_an_adversary_outside_the_pixels(d):
 
 def test_fastai_batches_in_attacks(fa):
     x, y = fa.one_batch()
-    for a in (FGSM(), PGD(steps=2), AutoAttack()):
+    for a in (FGSM(), PGD(steps=2), AutoAttack(Threat(0.5))): # which few images withstand
         x_adv = a(colour().eval(), x[:2], y[:2])
-        assert type(x_adv) is torch.Tensor and (x_adv - x[:2]).abs().max() <= 8/255 + 1e-6
+        assert type(x_adv) is torch.Tensor and (x_adv - x[:2]).abs().max() <= a.threat.eps + 1e-6
 
 def test_fastai_loaders_everywhere(fa, folder):
     net = train(SAT(steps=1), colour(), fa, 1, **quiet).model
     assert net.metadata['classes'] == ['a', 'b'] and net.metadata['image'] == [3, 32, 32]
-    r = robustness_report(net, fa.valid, [FGSM()], checks=5, **quiet)
+    r = robustness_report(net, fa.valid, [FGSM()], checks=0, **quiet)
     assert r.classes == ['a', 'b'] and len(r.y) == 10
     assert len(check_teacher(net, fa.valid, **quiet).scores) == 4
     show_attacked(net, fa.valid, n=2)
@@ -234,7 +234,7 @@ def test_divisors_of_a_divergence(reduction):
 
 def copied(net, d):
     "After a training, how far the copy is from the network itself."
-    fit(d, SAT(steps=1, threat=T), net)
+    fit(digits(device='cpu'), SAT(steps=1, threat=T), net)
     x = d.test.dataset[:8][0]
     with torch.no_grad():
         return (FrozenCopy(net.eval(), x, 'float32')(x) - net(x)).abs().max().item()
