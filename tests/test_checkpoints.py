@@ -8,7 +8,7 @@ import ader.checkpoints
 from ader.attention import add_attention
 from ader.checkpoints import (Resume, _read_checkpoint, _write_checkpoint, atomic_write, load,
                               read_json, remove_temp_files, save)
-from ader.data import AderError, digits
+from ader.data import AderError
 from ader.methods import ADER, TRADES, make_method, methods
 from ader.networks import mobilenet_v2, resnet18, small_resnet
 from ader.teachers import train
@@ -249,10 +249,10 @@ def test_what_is_not_finite_is_not_kept(small, net, tmp_path, after):
 
 # ---- killed ----------------------------------------------------------------------------------
 
-def training(folder):
+def training(folder, dls):
     torch.manual_seed(5)
     teachers = [add_attention(small_resnet(width=4)).eval() for _ in range(2)]
-    student, dls = add_attention(small_resnet(width=4)), digits(bs=250, device='cpu')
+    student = add_attention(small_resnet(width=4))
     learn = train(ADER(*teachers, steps=1), student, dls, 3, progress=False, resume=folder/'x')
     save(learn.model, folder/'x')
 
@@ -271,12 +271,12 @@ def slow_open(path, *args):
                 time.sleep(0.002)
     return Slow()
 
-def start(folder, log, slow): # a training in a forked process
+def start(folder, dls, log, slow): # a training in a forked process
     pid = os.fork()
     if pid: return pid
     try:
         if slow: ader.checkpoints.open = slow_open
-        with open(log, 'a', buffering=1) as o, redirect_stdout(o): training(folder)
+        with open(log, 'a', buffering=1) as o, redirect_stdout(o): training(folder, dls)
         os._exit(0)
     except BaseException as e: log.write_text(f'FAILED {e!r}')
     finally: os._exit(1)
@@ -287,17 +287,17 @@ def ended(pid): # has it, by itself?
     return bool(done)
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='it forks')
-def test_killed_at_5_moments(tmp_path):
+def test_killed_at_5_moments(few_digits, tmp_path):
     "By SIGKILL, every other time while a file is being written; all that is saved is the same."
     log, rng, begin = tmp_path/'log', random.Random(0), time.time()
-    training(tmp_path/'whole')
+    training(tmp_path/'whole', few_digits())
     took, made, n, writing = time.time() - begin, 0, 0, 0
     while made < 5:
         folder = tmp_path/f'killed-{n}'
         while made < 5:
             slow, before = made % 2 == 1, set(folder.glob('.*'))
             until, gone = time.time() + rng.random()*took*0.8, False
-            pid = start(folder, log, slow)
+            pid = start(folder, few_digits(), log, slow)
             if slow: # wait for a file that is being written, and then for some of it
                 while not (gone := ended(pid)) and not set(folder.glob('.*')) - before:
                     time.sleep(0.001)
@@ -310,7 +310,7 @@ def test_killed_at_5_moments(tmp_path):
             writing += any(o.stat().st_size for o in folder.glob('.*'))
         n += 1
     with redirect_stdout(io.StringIO()) as out:
-        for i in range(n): training(tmp_path/f'killed-{i}')
+        for i in range(n): training(tmp_path/f'killed-{i}', few_digits())
     said = log.read_text() + out.getvalue()
     assert writing >= 2 and 'continuing after epoch' in said and 'FAILED' not in said
     assert 'damaged' not in said

@@ -14,9 +14,9 @@ SHORT = dict(schedule=one_cycle(1, 1e-2), evaluate=FEW)
 
 def student(**more):
     "A student of one epoch with two teachers."
-    clean, robust = (Run(m, 'small_resnet:width=4', **SHORT) for m in ('Natural', 'TRADES'))
-    teachers = dict(clean=clean, robust=robust)
     settings = dict(steps=2)
+    clean, robust = (Run(m, 'small_resnet:width=4', settings=settings, **SHORT) for m in ('Natural', 'TRADES'))
+    teachers = dict(clean=clean, robust=robust)
     return Run('ADER', 'small_resnet:width=4', teachers=teachers, settings=settings, **(SHORT | more))
 
 @pytest.fixture(scope='module')
