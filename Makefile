@@ -54,7 +54,7 @@ wheel: $(WHEEL_READY)
 	rm -rf dist
 	.venv-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-wheel/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
-	cd dist && ../.venv-wheel/bin/ader_demo --quick --out demo-of-the-wheel
+	cd dist && ../.venv-wheel/bin/ader_demo --quick --workers 2 --out demo-of-the-wheel
 
 clean:
 	rm -rf .venv .venv-wheel dist build *.egg-info _docs _proc

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, Phase, settings
 from ader.attention import add_attention
 from ader.data import Images, dataloaders, digits
 from ader.networks import small_resnet
+from ader.teachers import teach
 
 settings.register_profile('ader', deadline=None, max_examples=12, derandomize=True, database=None,
                           phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -14,10 +15,10 @@ settings.load_profile('ader')
 
 torch.set_num_threads(1) # such small networks are slower with more
 
-LONG = 'readme', 'fit', 'reproduce', 'distributed', 'cli', 'site' # files that take minutes
+LONG = 'site', 'readme', 'reproduce', 'cli', 'distributed', 'fit', 'deploy', 'doors' # the longest first
 
 def pytest_collection_modifyitems(items):
-    "The long files first: with two processes a long one at the end would run alone."
+    "With two processes a long file at the end would run alone."
     rank = {f'test_{k}.py': i for i,k in enumerate(LONG)}
     items.sort(key=lambda o: rank.get(o.path.name, len(LONG)))
 
@@ -31,6 +32,16 @@ def all_digits():
     "The digits, on the CPU; not to be changed."
     return digits(augment=[], device='cpu')
 
+@pytest.fixture(scope='session')
+def few_digits():
+    "A function as `digits`, on the CPU, of 200 training, 60 validation and 100 test images."
+    def make(**kwargs):
+        dls = digits(**kwargs | dict(device='cpu'))
+        for dl,n in zip(dls.loaders, (200, 60, 100)):
+            (dl.dataset.x, dl.dataset.y), dl.n = dl.dataset[:n], n
+        return dls
+    return make
+
 @pytest.fixture
 def small(all_digits):
     "A function that makes loaders of a few digits: `small(train=60, valid=40, bs=20, dtype=torch.float32)`."
@@ -39,6 +50,12 @@ def small(all_digits):
         sets = [Images(a.to(dtype), b, list('0123456789'), 'few digits', eps) for a,b in ((x, y), (xv, yv))]
         return dataloaders(*sets, bs=bs, device='cpu')
     return make
+
+@pytest.fixture(scope='session')
+def natural(all_digits):
+    "A small network that reads digits and withstands no attack; not to be changed."
+    torch.manual_seed(0)
+    return teach('natural', small_resnet(width=8), all_digits, epochs=4, progress=False)
 
 @pytest.fixture
 def net():

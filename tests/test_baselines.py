@@ -230,14 +230,14 @@ def test_training(make, learner, name):
     for r,t in m.teachers.items(): assert all(torch.equal(v, before[r][k]) for k,v in t.state_dict().items()) and not any(o.training for o in t.modules())
     assert all(p.grad is None and p.requires_grad for t in m.teachers.values() for p in t.parameters())
 
-@pytest.mark.parametrize('name', NEW)
+@pytest.mark.parametrize('name', ['IAD', 'BMTARD'])
 def test_plain_networks_will_do(plain, learner, name):
     "Neither student nor teachers need attention."
     learn = learner(make_method(name, plain().eval(), plain().eval(), steps=1), student=plain())
     learn.fit(1)
     assert np.isfinite(learn.recorder.values[-1][0])
 
-@pytest.mark.parametrize('name,asked', [('ARD', 1), ('IAD', 2), ('RSLAD', 1), ('AdaAD', 4), ('MTARD', 1), ('ADER', 1)])
+@pytest.mark.parametrize('name,asked', [('IAD', 2), ('RSLAD', 1), ('AdaAD', 4), ('ADER', 1)])
 def test_a_teacher_answers_once(net, learner, name, asked):
     "About the same images a teacher is asked once a step, in the next step again."
     r, calls = net().eval(), []

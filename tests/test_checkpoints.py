@@ -1,8 +1,10 @@
 "Killed, damaged or out of space: what was saved stays, a training goes on with the same bits."
-import hashlib, io, json, os, random, re, resource, signal, subprocess, sys
+import hashlib, io, json, os, random, resource, signal, subprocess, time
+from contextlib import redirect_stdout
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+import ader.checkpoints
 from ader.attention import add_attention
 from ader.checkpoints import (Resume, _read_checkpoint, _write_checkpoint, atomic_write, load,
                               read_json, remove_temp_files, save)
@@ -93,9 +95,9 @@ def test_every_method_continues(pair, small, tmp_path, name):
         torch.manual_seed(3)
         method = make_method(name, *pair, steps=1)
         net = add_attention(small_resnet(width=4))
-        return records(train(method, net, small(), 2, seed=1, progress=False, resume=resume,
+        return records(train(method, net, small(40, 10), 2, seed=1, progress=False, resume=resume,
                              cbs=[WeightEMA(0.9, 'clean'), *(cbs or [])]))
-    with pytest.raises(Stop): go(tmp_path/'x', [StopAt('before_batch', 1, 2)])
+    with pytest.raises(Stop): go(tmp_path/'x', [StopAt('before_batch', 1, 1)])
     assert same(go(), go(tmp_path/'x'))
 
 @pytest.mark.parametrize('kind', ['fastai', 'torch'])
@@ -247,25 +249,12 @@ def test_what_is_not_finite_is_not_kept(small, net, tmp_path, after):
 
 # ---- killed ----------------------------------------------------------------------------------
 
-KILLER = '''
-"Starts trainings in forked processes, and kills them; the libraries are imported once."
-import os, random, signal, sys, time, torch
-from pathlib import Path
-import ader.checkpoints
-from ader.attention import add_attention
-from ader.data import digits
-from ader.methods import ADER
-from ader.networks import small_resnet
-from ader.teachers import train
-torch.set_num_threads(1)
-out, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
-
-def training(folder):
+def training(folder, dls):
     torch.manual_seed(5)
     teachers = [add_attention(small_resnet(width=4)).eval() for _ in range(2)]
-    student, dls = add_attention(small_resnet(width=4)), digits(bs=250, device='cpu')
-    ader.checkpoints.save(train(ADER(*teachers, steps=1), student, dls, 3, progress=False,
-                                resume=folder/'x').model, folder/'x')
+    student = add_attention(small_resnet(width=4))
+    learn = train(ADER(*teachers, steps=1), student, dls, 3, progress=False, resume=folder/'x')
+    save(learn.model, folder/'x')
 
 def slow_open(path, *args):
     "Writes piece by piece, with time for a kill in between."
@@ -282,54 +271,49 @@ def slow_open(path, *args):
                 time.sleep(0.002)
     return Slow()
 
-def start(folder, slow):
+def start(folder, dls, log, slow): # a training in a forked process
     pid = os.fork()
     if pid: return pid
-    if slow: ader.checkpoints.open = slow_open
-    try: training(folder)
-    except BaseException as e:
-        print('FAILED', repr(e), flush=True)
-        os._exit(1)
-    os._exit(0)
+    try:
+        if slow: ader.checkpoints.open = slow_open
+        with open(log, 'a', buffering=1) as o, redirect_stdout(o): training(folder, dls)
+        os._exit(0)
+    except BaseException as e: log.write_text(f'FAILED {e!r}')
+    finally: os._exit(1)
 
 def ended(pid): # has it, by itself?
     done, status = os.waitpid(pid, os.WNOHANG)
-    if done and status: sys.exit('it failed by itself')
+    assert not (done and status), 'it failed by itself'
     return bool(done)
 
-begin = time.time()
-training(out/'whole')
-took, made, n = time.time() - begin, 0, 0
-while made < kills:
-    folder = out/f'killed-{n}'
-    while made < kills:
-        slow, before = made % 2 == 1, set(folder.glob('.*'))
-        until, gone = time.time() + rng.random()*took*0.8, False
-        pid = start(folder, slow)
-        if slow: # wait for a file that is being written, and then for some of it
-            while not (gone := ended(pid)) and not set(folder.glob('.*')) - before:
-                time.sleep(0.001)
-            until = time.time() + rng.random()*0.05
-        while not gone and time.time() < until and not (gone := ended(pid)): time.sleep(0.001)
-        if gone: break # finished first; the next kills are of another training
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        made += 1
-        half = [o for o in folder.glob('.*') if o.stat().st_size]
-        print('killed', 'writing' if half else '', flush=True)
-    n += 1
-for i in range(n): training(out/f'killed-{i}')
-'''
-
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='it forks')
-def test_killed_at_5_moments(tmp_path):
+def test_killed_at_5_moments(few_digits, tmp_path):
     "By SIGKILL, every other time while a file is being written; all that is saved is the same."
-    (tmp_path/'killer.py').write_text(KILLER)
-    command = [sys.executable, '-W', 'ignore', tmp_path/'killer.py', tmp_path, '5']
-    r = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert r.returncode == 0 and not r.stderr, r.stdout + r.stderr
-    assert r.stdout.count('killed') == 5 and r.stdout.count('writing') >= 2
-    assert 'continuing after epoch' in r.stdout and 'damaged' not in r.stdout
+    log, rng, begin = tmp_path/'log', random.Random(0), time.time()
+    training(tmp_path/'whole', few_digits())
+    took, made, n, writing = time.time() - begin, 0, 0, 0
+    while made < 5:
+        folder = tmp_path/f'killed-{n}'
+        while made < 5:
+            slow, before = made % 2 == 1, set(folder.glob('.*'))
+            until, gone = time.time() + rng.random()*took*0.8, False
+            pid = start(folder, few_digits(), log, slow)
+            if slow: # wait for a file that is being written, and then for some of it
+                while not (gone := ended(pid)) and not set(folder.glob('.*')) - before:
+                    time.sleep(0.001)
+                until = time.time() + rng.random()*0.05
+            while not gone and time.time() < until and not (gone := ended(pid)): time.sleep(0.001)
+            if gone: break # finished first; the next kills are of another training
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            made += 1
+            writing += any(o.stat().st_size for o in folder.glob('.*'))
+        n += 1
+    with redirect_stdout(io.StringIO()) as out:
+        for i in range(n): training(tmp_path/f'killed-{i}', few_digits())
+    said = log.read_text() + out.getvalue()
+    assert writing >= 2 and 'continuing after epoch' in said and 'FAILED' not in said
+    assert 'damaged' not in said
     for folder in tmp_path.glob('killed-*'):
         for name in ('x-0002.ckpt', 'x-0003.ckpt'):
             got, want = (_read_checkpoint(d/name) for d in (folder, tmp_path/'whole'))

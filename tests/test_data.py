@@ -1,5 +1,5 @@
 "Loading, splitting, batching and augmenting images."
-import io, os, pickle, subprocess, sys
+import io, os, pickle
 from hashlib import md5
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -239,7 +239,7 @@ def test_the_real_one_keeps_its_order_and_its_split():
     assert (b[:4].tolist(), b.sum(), (b*train[b]).sum()) == ([78,216,304,359], 24684549, 113563719)
     assert _decode(REAL/files['train'][78][0], (32,32), 3).mean() == pytest.approx(113.115, abs=0.5)
 
-# ---- by name, and the module ----
+# ---- by name ----
 
 def test_load_data(home):
     f = folder(home/'f', 'a/', 'b/')
@@ -248,10 +248,3 @@ def test_load_data(home):
     assert load_data(str(f), size=6, channels=1).train.dataset.x.shape[1:] == (1,6,6)
     with pytest.raises(AderError, match='cifar10, cifar100, or a folder'): load_data('cifar')
     with pytest.raises(AderError, match='are for folders'): load_data('digits', size=9)
-
-def test_import_is_light():
-    heavy = 'fastai', 'torchvision', 'sklearn', 'matplotlib', 'PIL', 'fastprogress'
-    code = f'import sys, ader.data; print([m for m in {heavy} if m in sys.modules])'
-    root = Path(__file__).parents[1]
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root)
-    assert out.stdout.strip() == '[]', out.stderr

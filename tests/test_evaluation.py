@@ -9,15 +9,12 @@ from ader.evaluation import (accuracy_curves, compare, evaluate, markdown_table,
                              robust_mask, show_attacked, wilson, _first_batches, _judge_teacher,
                              _tabulate)
 from ader.networks import small_resnet
-from ader.teachers import teach
 
 COST = ['seconds', 'forward', 'backward']
 
 
-@pytest.fixture(scope='module')
-def net(all_digits):
-    torch.manual_seed(0)
-    return teach('natural', small_resnet(width=8), all_digits, epochs=4, progress=False)
+@pytest.fixture
+def net(natural): return natural
 
 @pytest.fixture
 def run(all_digits):

@@ -6,6 +6,7 @@ from ader.cli import ader_fit_cli
 from ader.data import AderError, Images, dataloaders, digits
 from ader.fit import Clock, ader_fit, describe
 import torch
+from types import SimpleNamespace
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -26,7 +27,7 @@ class Killed(BaseException): pass
 def done(photos, tmp_path_factory):
     "Killed after the student's first epoch, and given again."
     out, note, seen = tmp_path_factory.mktemp('out'), Clock.note, []
-    argv = [str(photos), '--minutes', '0.8', '--out', str(out), '--eps', '8/255']
+    argv = [str(photos), '--minutes', '0.55', '--out', str(out), '--eps', '8/255']
     def killer(self, **plan):
         note(self, **plan)
         if not plan and 'student' in self.plan: seen.append(self.used)
@@ -62,12 +63,15 @@ def test_given_again_it_is_finished(done, capsys):
     assert {o: o.read_bytes() for o in out.iterdir() if o.is_file()} == files
     with pytest.raises(AderError, match='another command'): ader_fit(argv[0], 5, str(out), eps='8/255')
 
-def test_a_saved_teacher_is_taken(done, photos, tmp_path, capsys):
+def test_a_saved_teacher_is_taken(done, photos, tmp_path, capsys, monkeypatch):
+    "Where there is no ONNX, too."
     out, *_ = done
+    monkeypatch.setattr('ader.fit.importlib', SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     ader_fit(str(photos), 0.3, str(tmp_path/'x'), 'RSLAD', robust=str(out/'parts'/'robust.json'))
     said = capsys.readouterr().out
     assert 'robust teacher:' not in said and 'clean teacher' not in said and 'student:' in said
     assert not (tmp_path/'x'/'parts'/'clean.json').exists()
+    assert 'for an ONNX file: pip install' in said and not (tmp_path/'x'/'student.onnx').exists()
 
 def test_what_is_refused(tmp_path):
     out = str(tmp_path/'x')

@@ -37,17 +37,22 @@ def test_its_name_and_what_it_asks_for(wheel):
     names = {re.match('[a-zA-Z]+', o)[0] for o in needs}
     assert 'jinja' in names and not names & {'nbdev', 'ray', 'onnx'}
 
-def test_it_installs_under_that_name_and_its_commands_run(wheel, tmp_path):
+def test_it_installs_under_that_name_and_its_commands_are_there(wheel, tmp_path):
     call('-m', 'pip', 'install', '--quiet', '--no-deps', '--target', tmp_path, wheel)
     code = '''
 import sys; sys.path.insert(0, sys.argv.pop(1))
+came = lambda names: print([o for o in names.split() if o in sys.modules])
+import ader.data; came('fastai torchvision sklearn matplotlib PIL fastprogress')
+import ader.attacks; came('fastai pyautoattack pandas')
 from importlib.metadata import distribution
 d = distribution('ader-distill')
 for e in sorted(d.entry_points.select(group='console_scripts')): print(e.name, callable(e.load()))
-import ader; print(ader.__file__)
+came('ray onnx onnxruntime huggingface_hub accelerate')
+print(ader.__file__)
 '''
     r = call('-W', 'ignore', '-c', code, tmp_path, cwd=tmp_path)
-    *commands, file = r.stdout.splitlines()
+    images, attacks, *commands, all_of_them, file = r.stdout.splitlines()
+    assert (images, attacks, all_of_them) == ('[]',)*3 # a module brings along what it needs, no more
     names = 'bench demo distill evaluate export fit reproduce table teach'.split()
     assert commands == [f'ader_{o} True' for o in names]
     assert Path(file).is_relative_to(tmp_path) # not the package of this folder

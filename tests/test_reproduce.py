@@ -1,5 +1,5 @@
 "Runs as data, records, what is still to be done, killed and continued, in a pool of processes and on Ray."
-import json, pytest, signal, subprocess, sys
+import json, os, pytest, signal, sys
 from pathlib import Path
 from dataclasses import asdict, replace
 from ader import reproduce
@@ -8,15 +8,16 @@ from ader.samples import sample_net
 from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, in_order, load_net,
                             make_table, one_cycle, pending, plan, read_records, run_all, run_one,
                             runs, step_schedule, table_markdown, _tables)
+from ader.training import PrintEpochs
 
 FEW = {a: dict(images=40) for a in ('FGSM', 'PGD_sat')}
 SHORT = dict(schedule=one_cycle(1, 1e-2), evaluate=FEW)
 
 def student(**more):
     "A student of one epoch with two teachers."
-    clean, robust = (Run(m, 'small_resnet:width=4', **SHORT) for m in ('Natural', 'TRADES'))
-    teachers = dict(clean=clean, robust=robust)
     settings = dict(steps=2)
+    clean, robust = (Run(m, 'small_resnet:width=4', settings=settings, **SHORT) for m in ('Natural', 'TRADES'))
+    teachers = dict(clean=clean, robust=robust)
     return Run('ADER', 'small_resnet:width=4', teachers=teachers, settings=settings, **(SHORT | more))
 
 @pytest.fixture(scope='module')
@@ -101,21 +102,19 @@ def test_a_failed_teacher_fails_its_students_alone(tmp_path, monkeypatch):
     why = run_all([student()], tmp_path)
     assert sorted(why.values()) == ['Natural is broken', 'TRADES is broken', 'what it needs failed']
 
-def test_killed_and_continued(done, tmp_path):
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='it forks')
+def test_killed_and_continued(tmp_path):
     "Killed while it trains, the same call continues from the checkpoint and ends with the same network."
     run = replace(student().teachers['clean'], schedule=one_cycle(3, 1e-2))
-    kill = '''
-import json, os, signal, sys
-from ader.reproduce import Run, run_one
-from ader.training import PrintEpochs
-old = PrintEpochs.before_train
-def before_train(self):
-    old(self)
-    if self.epoch == 2: os.kill(os.getpid(), signal.SIGKILL)
-PrintEpochs.before_train = before_train
-run_one(Run(**json.loads(sys.argv[1])), sys.argv[2])'''
-    argv = [sys.executable, '-W', 'ignore', '-c', kill, json.dumps(asdict(run)), tmp_path/'a']
-    assert subprocess.run(argv, capture_output=True).returncode == -signal.SIGKILL
+    if not (pid := os.fork()):
+        old = PrintEpochs.before_train
+        def before_train(self):
+            old(self)
+            if self.epoch == 2: os.kill(os.getpid(), signal.SIGKILL)
+        PrintEpochs.before_train = before_train
+        try: run_one(run, tmp_path/'a')
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert len(list((tmp_path/'a').rglob('*.ckpt'))) == 2
     a, b = run_one(run, tmp_path/'a'), run_one(run, tmp_path/'b')
     assert a.weights == b.weights and a.epochs == b.epochs
@@ -131,6 +130,7 @@ def test_a_pool_of_processes(done, tmp_path):
 def test_ray(done, tmp_path):
     "On a Ray cluster of this machine, and without Ray a sentence."
     ray = pytest.importorskip('ray')
+    ray.init(num_cpus=1, include_dashboard=False) # a second process would import everything again
     try: assert run_all([student()], tmp_path, ray='local') == {}
     finally: ray.shutdown()
     assert read_records(tmp_path)[student().id].weights == read_records(done)[student().id].weights

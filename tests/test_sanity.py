@@ -5,17 +5,17 @@ from torch import nn
 from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer
 from ader.networks import small_resnet
 from ader.sanity import by_class, report_page, robustness_report
-from ader.teachers import teach
+from ader.teachers import train
+from ader.training import SAT
 
 PGD = PGD_sat(Threat(0.2))
 
 
 @pytest.fixture(scope='module')
-def nets(all_digits):
-    def make(method, epochs):
-        torch.manual_seed(0)
-        return teach(method, small_resnet(width=12), all_digits, epochs=epochs, progress=False)
-    return dict(natural=make('natural', 4), sat=make('sat', 8))
+def nets(all_digits, natural):
+    torch.manual_seed(0)
+    learn = train(SAT(steps=3, step_size=0.1), small_resnet(width=8), all_digits, 5, progress=False)
+    return dict(natural=natural, sat=learn.model)
 
 @pytest.fixture
 def report(all_digits):
@@ -57,13 +57,13 @@ def test_training_mode_is_caught(nets, report, mode):
     net = copy.deepcopy(nets['sat'])
     mode(net)
     modes = [m.training for m in net.modules()]
-    assert 'evaluation mode' in report(net, checks=20).verdict
+    assert 'evaluation mode' in report(net, images=20, checks=20).verdict
     assert modes == [m.training for m in net.modules()]
 
 
 def test_l2(nets, report):
     t = Threat(0.6, 'L2')
-    r = report(nets['sat'], threat=t, attacks=[FGSM(t), PGD_sat(t)])
+    r = report(nets['sat'], threat=t, attacks=[FGSM(t), PGD_sat(t)], images=50)
     assert r.ok and r.settings['threat'] == 'L2, ε = 0.6', r.verdict
 
 

@@ -47,21 +47,17 @@ def test_teach(net, small):
 KINDS = dict(small_resnet=lambda: small_resnet(width=4), mobilenet_v2=lambda: mobilenet_v2(1),
              wide_resnet=lambda: wide_resnet(10, 1, in_channels=1))
 
-@pytest.fixture(params=KINDS)
-def any_net(request):
-    "With statistics of batch norm that are not those of a fresh network."
-    net = KINDS[request.param]()
-    with torch.no_grad(): net.train()(torch.rand(32,1,16,16))
-    return net.eval()
-
 def of_size(dls, size):
     "The same digits, larger."
     for dl in dls: dl.dataset.x = F.interpolate(dl.dataset.x, size)
     return dls
 
-@pytest.mark.parametrize('attention', ['activation', 'branch'])
-def test_predictions_stay_bit_for_bit(any_net, attention, small, tmp_path):
-    dls, x = of_size(small(), 16), torch.rand(3,1,16,16)
+@pytest.mark.parametrize('kind,attention', [('mobilenet_v2', 'activation'), ('small_resnet', 'branch'),
+                                            ('wide_resnet', 'branch')])
+def test_predictions_stay_bit_for_bit(kind, attention, small, tmp_path):
+    dls, x, any_net = of_size(small(), 16), torch.rand(3,1,16,16), KINDS[kind]()
+    with torch.no_grad(): any_net.train()(torch.rand(32,1,16,16)) # other statistics than a fresh one
+    any_net.eval()
     weights = {k: v.clone() for k,v in any_net.state_dict().items()}
     with torch.no_grad(): before = any_net(x)
     net = attach_attention(any_net, dls, attention, epochs=1, progress=False)
@@ -147,7 +143,7 @@ def test_tampered_configs_are_refused_or_build(key, value):
 
 # ---- teachers for other images ---------------------------------------------------------------
 
-@pytest.mark.parametrize('image', [(1,8,8), (3,8,8), (1,16,16), (3,20,12)])
+@pytest.mark.parametrize('image', [(1,8,8), (3,20,12)])
 def test_teachers_for_other_images_just_work(image, small, net):
     c, *size = image
     make = lambda mean: add_attention(small_resnet(width=4, in_channels=c, mean=mean, std=0.5))
