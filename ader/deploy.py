@@ -7,8 +7,8 @@ __all__ = ['to_onnx', 'onnx_session', 'run_onnx', 'check_onnx', 'to_int8', 'Stra
            'model_card', 'push_to_hub', 'ader_export']
 
 # %% ../nbs/26_deploy.ipynb #79056535
-import ader, copy, hashlib, json, platform, re, tempfile, torch, warnings
-import pandas as pd
+import ader, copy, hashlib, json, platform, re, tempfile, torch, warnings, pandas as pd
+from contextlib import contextmanager
 from importlib import import_module
 from jinja2 import Environment, PackageLoader
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from types import SimpleNamespace
 from .attacks import PGD_sat, Threat, Transfer, frozen
 from .attention import forward_with_attention
-from .checkpoints import atomic_write, check_folder, load, save, saved_files, versions
+from .checkpoints import atomic_write, check_folder, load, save, versions
 from .data import AderError, as_float, check_images, load_data
 from .evaluation import _first_batches, compare, evaluate, markdown_table, wilson
 from .networks import count_params, multiply_adds
@@ -29,8 +29,12 @@ def _extra(extra:str, *modules:str) -> list: # the modules that this extra of ad
         f"{e.name} can't be imported; install it by: pip install 'ader-distill[{extra}]'") from None
 
 # %% ../nbs/26_deploy.ipynb #7d0a0075
-def _why(e:Exception) -> str:
-    return f'{type(e).__name__}: {(str(e).strip() or "no details").splitlines()[0][:200]}'
+@contextmanager
+def _explain(what:str): # whatever goes wrong inside, in one line
+    try: yield
+    except Exception as e:
+        why = (str(e).strip() or 'no details').splitlines()[0][:200]
+        raise AderError(f'{what} ({type(e).__name__}: {why})') from None
 
 # %% ../nbs/26_deploy.ipynb #9b564cd3
 class _Flat(nn.Module): # one argument called `images`, and tensors as the result
@@ -62,22 +66,17 @@ def to_onnx(
     m, net = getattr(net, 'metadata', {}), copy.deepcopy(net).cpu().float().eval()
     image = image or m.get('image')
     if not image: raise AderError('the shape of an image is not known; pass it as image=[3,32,32]')
-    x = torch.rand(2, *image, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(2, *image)
     with torch.no_grad(): out = forward_with_attention(net, x)
     if attention and out.attention is None: raise AderError('this network has no attention map')
     classes = m.get('classes') or [str(k) for k in range(out.logits.shape[1])]
-    try: return _to_bytes(_trace(_Flat(net, attention), x), json.dumps(classes, ensure_ascii=False))
-    except Exception as e:
-        raise AderError(f'torch.onnx could not export this network ({_why(e)})') from None
-
-# %% ../nbs/26_deploy.ipynb #dabbbb53
-def _trace(flat:_Flat, x:Tensor): # -> onnx_ir Model
-    names = ['logits', 'attention'][:1 + flat.attention]
-    with warnings.catch_warnings():
+    with _explain('torch.onnx could not export this network'), warnings.catch_warnings():
         warnings.simplefilter('ignore') # about the exporter's own code
-        return torch.onnx.export(
-            flat.eval(), (x,), dynamo=True, verbose=False, input_names=['images'],
-            output_names=names, dynamic_shapes=({0: torch.export.Dim('batch')},)).model
+        program = torch.onnx.export(
+            _Flat(net, attention).eval(), (x,), dynamo=True, verbose=False, input_names=['images'],
+            output_names=['logits', 'attention'][:1 + attention],
+            dynamic_shapes=({0: torch.export.Dim('batch')},))
+    return _to_bytes(program.model, json.dumps(classes, ensure_ascii=False))
 
 # %% ../nbs/26_deploy.ipynb #a8c3f4b3
 def onnx_session(onnx:bytes|str|Path): # an ONNX file or its content -> `InferenceSession`
@@ -86,10 +85,9 @@ def onnx_session(onnx:bytes|str|Path): # an ONNX file or its content -> `Inferen
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4 # errors are raised, nothing is printed
-    try:
+    with _explain('this is no whole ONNX file'):
         data = onnx if isinstance(onnx, bytes) else Path(onnx).read_bytes()
         return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
-    except Exception as e: raise AderError(f'this is no whole ONNX file ({_why(e)})') from None
 
 # %% ../nbs/26_deploy.ipynb #47b94b98
 def _feed(session, x:Tensor) -> dict: # what `session.run` takes
@@ -113,13 +111,12 @@ def check_onnx(
     "Refuse a file whose outputs are not those of `net`, within 10⁻⁴."
     xs = [x for x,_ in _first_batches(dl, None, next(net.parameters()).device)]
     session, xs = onnx_session(onnx), [xs[0][:1], xs[0][:3], *xs]
-    with frozen(net): pairs = [(run_onnx(session, x), forward_with_attention(net, x)) for x in xs]
-    def differs(a, b): # but for two logits that are equal, and may change places
-        apart = b.topk(2).values.diff().abs()[:,0] > 1e-4
-        return int(((a.argmax(1) != b.argmax(1)) & apart).sum())
-    changed = sum(differs(a[0], b[0]) for a,b in pairs)
-    diff = {k: max((a[i] - b[i]).abs().max().item() for a,b in pairs)
-            for i,k in enumerate(('logits', 'attention')) if i < len(pairs[0][0])}
+    got = [torch.cat(o) for o in zip(*[run_onnx(session, x) for x in xs])]
+    with frozen(net): outs = [forward_with_attention(net, x)[:len(got)] for x in xs]
+    want = [torch.cat(o) for o in zip(*outs)]
+    z, (first, second) = got[0], want[0].topk(2).values.T # equal logits may change places
+    changed = int(((z.argmax(1) != want[0].argmax(1)) & (first - second > 1e-4)).sum())
+    diff = {k: (a - b).abs().max().item() for k,a,b in zip(('logits', 'attention'), got, want)}
     found = dict(images=sum(map(len, xs[2:])), batch_sizes=sorted({len(x) for x in xs}),
                  changed=changed, **diff)
     if max(diff.values()) <= 1e-4 and not changed: return found
@@ -134,24 +131,16 @@ def to_int8(
     check_images(x := as_float(x))
     session = onnx_session(onnx)
     batches = iter([_feed(session, o) for o in x.split(50)])
-    classes = session.get_modelmeta().custom_metadata_map['classes']
-    try: return _quantize(onnx, SimpleNamespace(get_next=lambda: next(batches, None)), classes)
-    except Exception as e:
-        raise AderError(f'onnxruntime could not quantise this network ({_why(e)})') from None
-
-# %% ../nbs/26_deploy.ipynb #a038eb28
-def _quantize(onnx:bytes, reader, classes:str) -> bytes:
+    reader = SimpleNamespace(get_next=lambda: next(batches, None))
     ir, q, shapes = _extra('onnx', 'onnx_ir', 'onnxruntime.quantization',
                            'onnxruntime.quantization.shape_inference')
-    kinds = dict(activation_type=q.QuantType.QInt8, weight_type=q.QuantType.QInt8)
-    float_logits = dict(OpTypesToExcludeOutputQuantization=['Gemm'])
-    with tempfile.TemporaryDirectory() as d:
+    with _explain('onnxruntime could not quantise this network'), tempfile.TemporaryDirectory() as d:
         given, ready, out = (Path(d)/f'{k}.onnx' for k in ('given', 'ready', 'int8'))
         given.write_bytes(onnx)
         shapes.quant_pre_process(given, ready, skip_symbolic_shape=True)
-        q.quantize_static(ready, out, reader, q.QuantFormat.QDQ, per_channel=True, **kinds,
-                          extra_options=float_logits)
-        return _to_bytes(ir.load(out), classes)
+        float_logits = dict(OpTypesToExcludeOutputQuantization=['Gemm'])
+        q.quantize_static(ready, out, reader, per_channel=True, extra_options=float_logits)
+        return _to_bytes(ir.load(out), session.get_modelmeta().custom_metadata_map['classes'])
 
 # %% ../nbs/26_deploy.ipynb #7996b382
 class StraightThrough(nn.Module):
@@ -168,16 +157,14 @@ class StraightThrough(nn.Module):
 
 # %% ../nbs/26_deploy.ipynb #fadd03ef
 def compare_int8(
-    net:nn.Module, # the float network
-    int8:bytes, # the content of its int8 file
-    dl, # batches (x, y), for example `dls.test`
-    threat:Threat, # what the attacker may do
+    net:nn.Module, int8:bytes, # the float network; the content of its int8 file
+    dl, threat:Threat, # batches (x, y), for example `dls.test`; what the attacker may do
     **kwargs # of `evaluate`: images, seed, progress
 ) -> dict[str,pd.DataFrame]: # tables of `evaluate` for 'float32' and 'int8'
     "Clean and robust accuracy before and after quantisation, by PGD with 20 steps."
     nets = dict(float32=net, int8=StraightThrough(net, int8))
-    attacks = [Transfer(nets['float32'], PGD_sat(threat), 'PGD on float32'),
-               Transfer(nets['int8'], PGD_sat(threat), 'PGD through int8')]
+    attacks = [Transfer(o, PGD_sat(threat), f'PGD {how} {k}')
+               for how,(k,o) in zip(('on', 'through'), nets.items())]
     return {k: evaluate(o, dl, attacks, threat, **kwargs) for k,o in nets.items()}
 
 # %% ../nbs/26_deploy.ipynb #2a177609
@@ -197,41 +184,35 @@ def costs(
     return d.assign(ms=ms.median(), ratio=ms.div(ms.iloc[:,0], axis=0).median())
 
 # %% ../nbs/26_deploy.ipynb #a86f7589
+@_explain('the metadata of this network is damaged')
 def model_card(
-    net:nn.Module, # with `metadata`
-    name:str='student', # of the model
+    net:nn.Module, name:str='student', # with `metadata`; of the model
     export:dict|None=None, # what `ader_export` measured
     license:str|None=None # as the Hub abbreviates it, such as apache-2.0; default: left out
 ) -> str: # README.md
     "A model card for the Hugging Face Hub."
     m, env = getattr(net, 'metadata', {}), Environment(loader=PackageLoader('ader', 'templates'))
+    found, threat = m.get('test') or m.get('verified') or {}, m.get('threat')
     interval = lambda v, n: ' to '.join(f'{100*o:.1f}' for o in wilson(round(v*n), n))
-    try:
-        found, threat = m.get('test') or m.get('verified') or {}, m.get('threat')
-        return env.get_template('model_card.md').render(
-            m=m, n=found.get('images'), threat=threat and Threat(**threat), e=export, name=name,
-            scores={k: v for k,v in found.items() if isinstance(v, float)}, license=license,
-            interval=interval, parameters=count_params(net),
-            slug=re.sub(r'\W+', '-', str(m.get('data', 'images')).lower()).strip('-'))
-    except Exception as e:
-        raise AderError(f'the metadata of this network is damaged ({_why(e)})') from None
+    return env.get_template('model_card.md').render(
+        m=m, n=found.get('images'), threat=threat and Threat(**threat), e=export, name=name,
+        scores={k: v for k,v in found.items() if isinstance(v, float)}, license=license,
+        interval=interval, parameters=count_params(net),
+        slug=re.sub(r'\W+', '-', str(m.get('data', 'images')).lower()).strip('-'))
 
 # %% ../nbs/26_deploy.ipynb #454d99b5
 def push_to_hub(
     folder:str|Path, # what `ader_export` wrote
-    repo:str, # name on the Hub, such as 'me/my-student'; made if missing
-    private:bool=False # if it is made: for you alone
+    repo:str, private:bool=False # such as 'me/my-student', made if missing; then for you alone
 ) -> str: # its address
     "Upload a folder with its model card to the Hugging Face Hub."
     hub, = _extra('hub', 'huggingface_hub')
     if not (Path(folder)/'README.md').is_file():
         raise AderError(f'there is no README.md in {folder}; ader_export writes it')
-    try:
+    with _explain(f'could not push to {repo}'):
         url = hub.create_repo(repo, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=['.*'])
         return str(url)
-    except Exception as e: # names, tokens, the network and the Hub fail in different ways
-        raise AderError(f'could not push to {repo} ({_why(e)}); push again, all is here') from None
 
 # %% ../nbs/26_deploy.ipynb #102d6bc8
 def _load_several(paths:str|None) -> dict[str,nn.Module]: # separated by commas; by name
@@ -239,7 +220,6 @@ def _load_several(paths:str|None) -> dict[str,nn.Module]: # separated by commas;
     once = lambda p: [o.stem for o,_ in nets].count(p.stem) == 1
     return {p.stem if once(p) else f'{p.parent.name}-{p.stem}': net for p,net in nets}
 
-# %% ../nbs/26_deploy.ipynb #08458577
 def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **kwargs):
     "`load_data` for a network with the metadata `m`, which says what is not said here."
     known = {'digits': 'digits', 'CIFAR-100': 'cifar100', 'CIFAR-10': 'cifar10'}
@@ -251,7 +231,6 @@ def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **
         size, channels = size or tuple(image[1:]), channels or image[0]
     return loader(data, size=size, channels=channels, **kwargs)
 
-# %% ../nbs/26_deploy.ipynb #23142ab7
 def _data_for(net:nn.Module, data:str|None=None, **kwargs): # -> fastai `DataLoaders`
     "The images that a network was made for, checked; `data`: a name or a folder."
     m, dls = net.metadata, _load_data(net.metadata, data, **kwargs)
@@ -265,21 +244,21 @@ def _data_for(net:nn.Module, data:str|None=None, **kwargs): # -> fastai `DataLoa
 # %% ../nbs/26_deploy.ipynb #e99b52bf
 def _onnx_files(net, dls, others, attention, calibration, threat, images, seed): # -> bytes, record
     "ONNX, with `calibration` images int8 too, and what was measured."
-    x, train = dls.test.dataset[:1][0], dls.train.dataset
-    files = {'student.onnx': to_onnx(net, attention)}
-    record = dict(check=check_onnx(files['student.onnx'], net, dls.test))
+    x, train, onnx = dls.test.dataset[:1][0], dls.train.dataset, to_onnx(net, attention)
+    files, nets = {'student.onnx': onnx}, dict(student=(net, onnx))
+    record = dict(check=check_onnx(onnx, net, dls.test))
     if calibration:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         x_train, _ = train[order[:calibration]]
-        files['student_int8.onnx'] = int8 = to_int8(files['student.onnx'], x_train)
+        files['student_int8.onnx'] = int8 = to_int8(onnx, x_train)
+        nets['student int8'] = net, int8
         t = compare_int8(net, int8, dls.test, threat, images=images, seed=seed, progress=False)
         record['int8'] = dict(
             calibration=len(x_train), eps=threat.eps, norm=threat.norm, seed=seed,
             text=markdown_table(compare(t)), tables={k: d.to_dict('records') for k,d in t.items()})
-    nets = {k[:-5].replace('_', ' '): (net, o) for k,o in files.items()} # without .onnx
-    nets.update({k: (o, to_onnx(o, image=list(x.shape[1:]))) for k,o in others.items()})
-    record['costs'] = costs(nets, x).reset_index(names='network').to_dict('records')
-    record.update(machine=platform.machine(), versions=versions())
+    nets |= {k: (o, to_onnx(o, image=list(x.shape[1:]))) for k,o in others.items()}
+    record |= dict(costs=costs(nets, x).reset_index(names='network').to_dict('records'),
+                   machine=platform.machine(), versions=versions())
     files['export.json'] = json.dumps(record, indent=1, ensure_ascii=False).encode()
     files['classify.py'] = (Path(ader.__file__).parent/'templates'/'classify.txt').read_bytes()
     return files, record
@@ -308,9 +287,9 @@ def ader_export(
         raise AderError('--calibration must be at least 1, --images and --seed not negative')
     _extra('onnx', *['onnx', 'onnxruntime', 'onnxscript']*onnx)
     _extra('hub', *['huggingface_hub']*bool(push))
-    net, others, record = load(student), _load_several(beside), {}
-    t = dict(dict(eps=8/255, norm='Linf'), **(net.metadata.get('threat') or {}))
-    threat, out, files = Threat(**t if eps is None else t | dict(eps=eps)), check_folder(out), {}
+    net, others = load(student), _load_several(beside)
+    t = (net.metadata.get('threat') or {}) | ({} if eps is None else dict(eps=eps))
+    threat, out, files, record = Threat(**t), check_folder(out), {}, {}
     if onnx:
         dls = _data_for(net, data, device='cpu')
         files, record = _onnx_files(

@@ -90,7 +90,7 @@ def test_every_kind_of_network_and_any_number_of_images(name):
         for a,b in zip(got, want): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 def test_attached_attention(dls):
-    net = attach_attention(small(), dls, progress=False)
+    net = attach_attention(small(), dls)
     net.metadata['image'] = [1,8,8]
     assert check_onnx(to_onnx(net), net, dls.valid)['changed'] == 0
 

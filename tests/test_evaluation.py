@@ -6,7 +6,7 @@ from ader.attacks import FGSM, PGD, PGD_sat, Threat
 from ader.attention import add_attention
 from ader.data import AderError, Batches, Images
 from ader.evaluation import (accuracy_curves, compare, evaluate, markdown_table, plot_robustness,
-                             robust_mask, show_attacked, wilson, _first_batches, _judge_teacher,
+                             show_attacked, wilson, _first_batches, _judge_teacher, _robust_mask,
                              _tabulate)
 from ader.networks import small_resnet
 
@@ -115,10 +115,10 @@ def test_progress_of_another_evaluation_is_not_used(net, all_digits, tmp_path):
 
 def test_finished_work_is_not_done_again(net, all_digits, tmp_path):
     batches, a = _first_batches(all_digits.test, 50, 'cpu'), PGD_sat(Threat(0.2))
-    first = robust_mask(net, batches, a, progress_file=tmp_path/'p.json')
+    first = _robust_mask(net, batches, a, file=tmp_path/'p.json')
     calls = []
     hook = net.register_forward_hook(lambda *_: calls.append(1))
-    again = robust_mask(net, batches, a, mask=first[0], progress_file=tmp_path/'p.json')
+    again = _robust_mask(net, batches, a, mask=first[0], file=tmp_path/'p.json')
     hook.remove()
     assert not calls and torch.equal(first[0], again[0]) and first[1] == again[1]
 

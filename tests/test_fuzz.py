@@ -32,7 +32,7 @@ CONSTRUCTORS = { # name -> (function of the drawn numbers and words, how many of
     'PGD': (lambda t, n, s, a, b, r: attacks.PGD(t, n, s, a, b, restarts=r), 'tnnwwn'), 'Square': (attacks.Square, 'tn'), 'AutoAttack': (attacks.AutoAttack, 'tw'), 'Transfer': (lambda w: attacks.Transfer(w), 'w'),
     'AdaptiveWeight': (weighting.AdaptiveWeight, 'nn'), 'ConstantWeight': (weighting.ConstantWeight, 'n'), 'AnnealedWeight': (weighting.AnnealedWeight, 'nn'),
     'AttentionBlock': (attention.AttentionBlock, 'sss'), 'attend': (lambda n: attention.add_attention(networks.small_resnet(width=2), n), 's'), 'InputAdapter': (lambda c, s, m, d: attention.InputAdapter(Net(), c, s, m, d), 'ssnn'),
-    'AttachedAttention': (lambda w, c, k, d: teachers.AttachedAttention(networks.small_resnet(width=2), w, c, k, d), 'wsss'),
+    'AttachedAttention': (lambda w: teachers.AttachedAttention(networks.small_resnet(width=2), w), 'w'),
     'Resume': (checkpoints.Resume, 'wn'), 'teacher_loss': (lambda *a: losses.teacher_loss(some, some, *a), 'nnwwnw'), 'soft_kl': (lambda t, d: losses.soft_kl(some.logits, some.logits, t, d), 'nw'),
     'distillation_loss': (lambda a, t, d: losses.distillation_loss(some.logits, some.logits, torch.tensor([0]), a, t, d), 'nnw'),
 }
