@@ -167,7 +167,7 @@ def test_a_table_from_records_alone():
     (dict(table='table8'), 'table is one of table1'), (dict(scale='huge'), 'scale is one of paper'),
     (dict(only='ADR'), "not 'ADR'"), (dict(seeds='x'), '--seeds is like'), (dict(seeds='-1'), "'-1'"),
     (dict(epochs=0), 'at least 1'), (dict(table='front'), 'front is not for the scale'),
-    (dict(table='table2', scale='front'), 'that has front')])
+    (dict(table='table2', scale='front'), 'is one of front')])
 def test_wrong_input(kw, match, tmp_path):
     with pytest.raises(AderError, match=match):
         ader_reproduce(**(dict(table='table2', folder=tmp_path/'a', results=tmp_path/'b') | kw))
