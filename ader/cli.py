@@ -34,8 +34,7 @@ from fastcore.meta import delegates
 from fastcore.script import anno_parser
 
 # %% ../nbs/27_command_line.ipynb #fb254c9d
-def _refuse(name:str, why):
-    "One line on the error stream, and exit code 2."
+def _refuse(name:str, why): # one line on the error stream, and exit code 2
     why = re.sub(r'^Exception occured in .*:\n\t', '', str(why)) # fastai's words
     print(f'{name}: {" ".join(why.split())}', file=sys.stderr)
     sys.exit(2)
@@ -76,8 +75,7 @@ _STUDENTS = 'Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'MTARD', 'ADER' # method
 _TEACHERS = {'natural teacher': 'Natural', 'robust teacher': 'TRADES'} # name -> method
 
 # %% ../nbs/27_command_line.ipynb #678a03b6
-def _demo_net(teachers, threat, epochs, seed, images, checks, name) -> SimpleNamespace:
-    "Train and evaluate one network of the demo; students have teachers."
+def _demo_net(teachers, threat, epochs, seed, images, checks, name): # students have teachers
     start, dls, few = time.perf_counter(), digits(seed=seed, device='cpu'), dict(progress=False)
     seed_everything(seed)
     net = add_attention(small_resnet(width=16 if teachers else 24))
@@ -100,8 +98,9 @@ def _demo_nets(workers:int, *settings) -> dict[str,SimpleNamespace]: # see `_dem
     with pool() if workers > 1 else nullcontext() as p:
         for group in (_TEACHERS, _STUDENTS):
             one = partial(_demo_net, [o.net for o in done.values()], *settings)
-            for name,done[name] in zip(group, (p.map if p else map)(one, group)):
-                print(done[name].line, flush=True)
+            for name,o in zip(group, (p.map if p else map)(one, group)):
+                done[name] = o
+                print(o.line, flush=True)
     return done
 
 # %% ../nbs/27_command_line.ipynb #6cf8a87f
@@ -169,7 +168,7 @@ ader_demo_cli = command(ader_demo)
 
 # %% ../nbs/27_command_line.ipynb #2c2c738b
 def _finished(config:dict, target:Path) -> bool:
-    "Whether this very command has been here before; what another one made is not overwritten."
+    "Whether this command has been here before; what another one made is not overwritten."
     about = saved_files(target)[1]
     if not about.exists(): return False
     m = read_json(about).get('metadata')
@@ -299,7 +298,7 @@ def ader_evaluate(
         with _threads(dls): r = robustness_report(
             net, dls.test, attacks, t, images=images or None, black_box=black, seed=seed,
             folder=out/'progress', progress=sys.stdout.isatty())
-        tables[name], masks = r.table, {k: ok.int() for k,ok in r.masks.items()}
+        tables[name], masks = r.table, {k: ok.int().tolist() for k,ok in r.masks.items()}
         each = pd.DataFrame({'class': [r.classes[k] for k in r.y]} | masks).rename_axis('image')
         files = {'html': report_page(r, name), 'csv': r.table.to_csv(index=False),
                  'images.csv': each.to_csv()}

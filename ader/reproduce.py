@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'TABLES', 'SCALES', 'one_cycle', 'step_schedule', 'Run', 'in_order', 'Record', 'read_records', 'load_net',
-           'run_one', 'pending', 'run_all', 'paper_numbers', 'plan', 'runs', 'measure_seconds', 'estimate',
-           'make_table', 'overview', 'table_markdown', 'plot_table', 'ader_table', 'ader_reproduce']
+           'run_one', 'run_all', 'paper_numbers', 'plan', 'runs', 'measure_seconds', 'make_table', 'overview',
+           'table_markdown', 'plot_table', 'ader_table', 'ader_reproduce']
 
 # %% ../nbs/28_reproduce.ipynb #aecfd26e
 import ader.attacks, ader.weighting, hashlib, json, platform, re, subprocess, time, torch
@@ -248,8 +248,7 @@ def run_one(
     return Record(**d | dict(run=run))
 
 # %% ../nbs/28_reproduce.ipynb #e752b87e
-def pending(runs:list, folder:str|Path, results:str|Path) -> list[Run]: # in order
-    "Runs that are still to be done, and those they need."
+def _pending(runs, folder, results) -> list[Run]: # still to be done, or needed for that; in order
     done, left, needed, asked = read_records(results), [], set(), {o.id for o in runs}
     is_complete = lambda r: r.id in done and r.evaluate.items() <= done[r.id].run.evaluate.items()
     for run in reversed(in_order(runs)):
@@ -279,7 +278,7 @@ def run_all(
     "Do all runs that are not done."
     folder = check_folder(folder).absolute()
     results = check_folder(results or folder/'results').absolute()
-    todo, do = pending(runs, folder, results), partial(_try, folder, results)
+    todo, do = _pending(runs, folder, results), partial(_try, folder, results)
     if ray: why = _on_ray(todo, do, ray, num_gpus)
     else: why = _in_pool(todo, do, workers) if workers > 1 else _start_all(todo, do)
     return {o.name: why[o.id] for o in todo if why[o.id]}
@@ -376,9 +375,8 @@ def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a
     return len(dls.train)*(at[2][1] - at[0][1])/2 + len(dls.valid.dataset)*12*one, one
 
 # %% ../nbs/28_reproduce.ipynb #a30dcfca
-def estimate(runs:list, folder:str|Path, results:str|Path):
-    "Print what is still to be done, and about how long it takes here."
-    todo, hours = pending(runs, folder, results), 0
+def _estimate(runs, folder, results): # prints what is still to be done, and how long it takes
+    todo, hours = _pending(runs, folder, results), 0
     for run in todo:
         dls, epochs = _data(run), 0 if _is_trained(run, folder) else run.schedule['epochs']
         fresh = lambda t: add_attention(net_from_text(t.net, dls)) # as teachers
@@ -504,7 +502,7 @@ def ader_reproduce(
 ):
     "Train and evaluate what a table of the paper needs and has no record yet, and draw the table."
     todo = [r for t in _tables(table, scale) for r in runs(t, scale, **_options(**kwargs))]
-    if dry_run: return estimate(todo, folder, results)
+    if dry_run: return _estimate(todo, folder, results)
     failed = run_all(todo, folder, results, workers, ray, num_gpus)
     ader_table(table, scale, results, **kwargs)
     why = '; '.join(f'{k} ({v})' for k,v in failed.items())
