@@ -8,12 +8,10 @@ __all__ = ['ader_demo_cli', 'ader_teach_cli', 'ader_distill_cli', 'ader_evaluate
            'ader_distill', 'ader_evaluate']
 
 # %% ../nbs/27_command_line.ipynb #a15bea43
-import inspect, json, platform, pkgutil, re, shutil, sys, time, torch
-import pandas as pd
+import inspect, json, platform, pkgutil, re, shutil, sys, time, torch, pandas as pd
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from torchvision.utils import save_image
@@ -37,8 +35,7 @@ from fastcore.meta import delegates
 from fastcore.script import anno_parser
 
 # %% ../nbs/27_command_line.ipynb #fb254c9d
-def _refuse(name:str, why):
-    "One line on the error stream, and exit code 2."
+def _refuse(name:str, why): # one line on the error stream, and exit code 2
     why = re.sub(r'^Exception occured in .*:\n\t', '', str(why)) # fastai's words
     print(f'{name}: {" ".join(why.split())}', file=sys.stderr)
     sys.exit(2)
@@ -57,7 +54,7 @@ def command(
         parser = anno_parser(g, prog=g.__name__)
         parser.error = partial(_refuse, g.__name__)
         args = vars(parser.parse_args(argv))
-        try: g(**{k: v for k,v in args.items() if k in inspect.signature(g).parameters})
+        try: g(**{k: args[k] for k in inspect.signature(g).parameters})
         except AderError as e: _refuse(g.__name__, e)
         except KeyboardInterrupt:
             print('\ninterrupted; given again, the same command uses what is finished')
@@ -66,7 +63,6 @@ def command(
 
 # %% ../nbs/27_command_line.ipynb #5d7379ad
 def _check(epochs:int=1, **numbers:int):
-    "Refuse numbers that can't be meant."
     if epochs < 1: raise AderError(f'training needs at least 1 epoch, got {epochs}')
     for k,v in numbers.items():
         if v < 0: raise AderError(f'--{k} must not be negative, got {v}')
@@ -84,22 +80,20 @@ _STUDENTS = 'Natural', 'SAT', 'TRADES', 'ARD', 'RSLAD', 'MTARD', 'ADER' # method
 _TEACHERS = {'natural teacher': 'Natural', 'robust teacher': 'TRADES'} # name -> method
 
 # %% ../nbs/27_command_line.ipynb #678a03b6
-def _demo_net(name, teachers, threat, epochs, seed, images, checks):
-    "Train and evaluate one network of the demo; students have teachers."
+def _demo_net(teachers, threat, epochs, seed, images, checks, name): # students have teachers
     start, dls, few = time.perf_counter(), digits(seed=seed, device='cpu'), dict(progress=False)
     seed_everything(seed)
     net = add_attention(small_resnet(width=16 if teachers else 24))
     method = make_method(_TEACHERS.get(name, name), *teachers, threat=threat)
     train(method, net, dls, epochs, seed=seed, **few)
     if not teachers: check_teacher(net, dls.valid, threat, **few)
-    v, seconds = net.metadata['valid'], time.perf_counter() - start
-    out = SimpleNamespace(net=net, line=f'{name:15s} {seconds:5.1f} s   validation: '
-                          f'clean {v["clean"]:6.1%}   PGD-10 {v["pgd-10"]:6.1%}')
+    line = '{:15s} {:5.1f} s   validation: clean {clean:6.1%}   PGD-10 {pgd-10:6.1%}'.format(
+        name, time.perf_counter() - start, **net.metadata['valid'])
     few, checks = dict(few, images=images), checks if teachers else 0
-    out.report = robustness_report(net, dls.test, threat=threat, checks=checks, seed=seed, **few)
-    if teachers: out.curve = accuracy_curves({name: net}, dls.test, PGD_sat(threat, 10), **few)
-    if name == 'ADER': out.weights = png(method.plot_weights())
-    return out
+    report = robustness_report(net, dls.test, threat=threat, checks=checks, seed=seed, **few)
+    curve = teachers and accuracy_curves({name: net}, dls.test, PGD_sat(threat, 10), **few)
+    weights = png(method.plot_weights()) if name == 'ADER' else None
+    return SimpleNamespace(net=net, line=line, report=report, curve=curve, weights=weights)
 
 # %% ../nbs/27_command_line.ipynb #02acde8c
 def _demo_nets(workers:int, *settings) -> dict[str,SimpleNamespace]: # see `_demo_net`, by name
@@ -108,44 +102,42 @@ def _demo_nets(workers:int, *settings) -> dict[str,SimpleNamespace]: # see `_dem
     pool = partial(ProcessPoolExecutor, workers, spawn, torch.set_num_threads, (1,))
     with pool() if workers > 1 else nullcontext() as p:
         for group in (_TEACHERS, _STUDENTS):
-            args = map(repeat, ([o.net for o in done.values()], *settings))
-            for name,o in zip(group, (p.map if p else map)(_demo_net, group, *args)):
+            one = partial(_demo_net, [o.net for o in done.values()], *settings)
+            for name,o in zip(group, (p.map if p else map)(one, group)):
                 done[name] = o
                 print(o.line, flush=True)
     return done
 
 # %% ../nbs/27_command_line.ipynb #6cf8a87f
-def _pictures(done:dict, threat:Threat, seed:int) -> dict: # file name -> (heading, caption, PNG)
+def _pictures(done:dict, threat:Threat, seed:int) -> dict: # heading -> (caption, PNG)
     curves = pd.concat([done[k].curve for k in _STUDENTS], ignore_index=True)
     x, y = digits(device='cpu').test.dataset[:]
     i = torch.stack([(y == k).nonzero()[0,0] for k in range(5)])
     nets = {k: done[k].net for k in (*_TEACHERS, 'ADER')}
     maps = plot_attention(nets, x[i], y[i], nets['ADER'], PGD_sat(threat), seed)
     return {
-        'curves.png': ('Accuracy as ε grows', 'Under PGD-10, with 95% intervals. The dotted line '
-                       'is the ε of the training.', png(plot_curves(curves, threat.eps).figure)),
-        'attention.png': ('Attention maps', 'Of both teachers and the ADER student, for clean '
-                          'digits and the same attacked by PGD_sat on the student.', png(maps)),
-        'weights.png': ('Weights of the losses', 'ω, both losses and their attention terms at '
-                        'every step of the training of the ADER student.', done['ADER'].weights)}
+        'Accuracy as ε grows': ('Under PGD-10, with 95% intervals. The dotted line is the ε of the '
+                                'training.', png(plot_curves(curves, threat.eps).figure)),
+        'Attention maps': ('Of both teachers and the ADER student, for clean digits and the same '
+                           'attacked by PGD_sat on the student.', png(maps)),
+        'Weights of the losses': ('ω, both losses and their attention terms at every step of the '
+                                  'training of the ADER student.', done['ADER'].weights)}
 
 # %% ../nbs/27_command_line.ipynb #f79ac2a3
 def _write_demo(out:Path, done:dict, pictures:dict, facts:dict) -> str: # the table, and a sentence
     reports = {k: o.report for k,o in done.items()}
-    d = pd.concat([r.table.assign(network=k) for k,r in reports.items()], ignore_index=True)
-    d = d[['network', 'attack', 'accuracy', 'low', 'high', 'images']]
     table = compare({k: r.table for k,r in reports.items()}).T.replace(r'\*', '', regex=True)
     table, checks = table.rename_axis('network'), reports['ADER'].checks
     doubts = ' '.join(f'{k}: {reports[k].verdict}' for k in _STUDENTS if not reports[k].ok)
     trust = doubts or f'All students passed all {len(checks)} sanity checks.'
     html = page('Two teachers, seven students, four attacks', f'Percent ± 95% CI. {trust}', table,
-                {t: (c, b) for t,c,b in pictures.values()}, facts, checks, doubts)
+                pictures, facts, checks, doubts)
+    d = pd.concat([r.table.assign(network=k) for k,r in reports.items()])
+    d = d[['network', 'attack', 'accuracy', 'low', 'high', 'images']]
     record = dict(facts, sanity=trust, results=d.to_dict('records'),
                   curves=[r for k in _STUDENTS for r in done[k].curve.to_dict('records')])
-    files = {'table.csv': d.to_csv(index=False), 'table.md': markdown_table(table), 'report.html':
-             html, 'record.json': json.dumps(record, indent=1, ensure_ascii=False)}
-    atomic_write({out/k: o.encode() for k,o in files.items()}
-                 | {out/k: o for k,(*_,o) in pictures.items()})
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    atomic_write({out/'report.html': html.encode(), out/'record.json': text.encode()})
     scores = reports['ADER'].table.set_index('attack').accuracy.to_dict()
     save(done['ADER'].net, out/'student', test=scores)
     return f'{markdown_table(table)}\nPercent of test images ± 95% CI. {trust}'
@@ -177,12 +169,11 @@ def ader_demo(
     print(f'\n{_write_demo(out, done, pictures, facts)}{" Too short to compare methods."*quick}\n'
           f'{facts["seconds"]} s. The report is in {out/"report.html"}')
 
-# %% ../nbs/27_command_line.ipynb #10e97af8
 ader_demo_cli = command(ader_demo)
 
 # %% ../nbs/27_command_line.ipynb #2c2c738b
 def _finished(config:dict, target:Path) -> bool:
-    "Whether this very command has been here before; what another one made is not overwritten."
+    "Whether this command has been here before; what another one made is not overwritten."
     about = saved_files(target)[1]
     if not about.exists(): return False
     m = read_json(about).get('metadata')
@@ -211,12 +202,11 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     compile:bool=False, # let torch.compile write the kernels of attack and teachers; for GPUs
     fresh:bool=False # start anew; default: continue where a killed run stopped
 ):
-    "Train the network that `text` describes by `make`, measure it, and save it."
     _check(epochs, seed=seed, images=images)
     threat = None if eps is None else Threat(eps)
     method = make(threat=threat, precision=precision, compile=compile)
-    config = dict(config, method=type(method).__name__, eps=threat and threat.eps, data=data, bs=bs,
-                  epochs=epochs, lr=lr, size=size, channels=channels, seed=seed,
+    config = dict(config, method=type(method).__name__, eps=threat and threat.eps, data=data,
+                  bs=bs, epochs=epochs, lr=lr, size=size, channels=channels, seed=seed,
                   precision=precision)
     target, tty = check_folder(out or kind)/kind, sys.stdout.isatty()
     if fresh: Resume(target).clear()
@@ -237,10 +227,6 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     shutil.rmtree(target.parent/'progress', ignore_errors=True)
     print(f'\n{found}\n\nThe {kind} is in {saved_files(target)[0]}')
 
-# %% ../nbs/27_command_line.ipynb #9157306e
-def _measure_teacher(net, dl, threat, images, seed, target, tty):
-    return check_teacher(net, dl, threat, images, seed, tty), {} # the result is in `net.metadata`
-
 # %% ../nbs/27_command_line.ipynb #35661879
 @delegates(_train_and_save)
 def ader_teach(
@@ -249,12 +235,12 @@ def ader_teach(
     **kwargs
 ):
     "Train a teacher, measure it, and save it; a killed run continues when it is given again."
-    if method not in TEACHER_METHODS:
-        raise AderError(f'--method is one of {", ".join(TEACHER_METHODS)}, got {method!r}')
-    make = TEACHER_METHODS[method]
-    _train_and_save('teacher', make, net, dict(net=net), {}, _measure_teacher, **kwargs)
+    make = TEACHER_METHODS.get(method)
+    if not make: raise AderError(f'--method is one of {", ".join(TEACHER_METHODS)}, got {method!r}')
+    def measure(net, dl, threat, images, seed, target, tty):
+        return check_teacher(net, dl, threat, images, seed, tty), {} # also in `net.metadata`
+    _train_and_save('teacher', make, net, dict(net=net), {}, measure, **kwargs)
 
-# %% ../nbs/27_command_line.ipynb #4ca1f995
 ader_teach_cli = command(ader_teach, all_ranks=True)
 
 # %% ../nbs/27_command_line.ipynb #6a8c6b4f
@@ -284,14 +270,9 @@ def ader_distill(
     make = partial(make_method, method, *teachers.values())
     _train_and_save('student', make, student, config, metadata, _measure_student, **kwargs)
 
-# %% ../nbs/27_command_line.ipynb #2246c224
 ader_distill_cli = command(ader_distill, all_ranks=True)
 
-# %% ../nbs/27_command_line.ipynb #be05cd3a
-def _each_image(r) -> pd.DataFrame: # a row an image: index, class, correct under each attack
-    masks = {k: ok.int().tolist() for k,ok in r.masks.items()}
-    return pd.DataFrame({'image': range(len(r.y)), 'class': [r.classes[k] for k in r.y]} | masks)
-
+# %% ../nbs/27_command_line.ipynb #201e2390
 def _write_fooled(out:Path, net, dl, r, attack, n:int):
     "At most `n` images that are correct without attack and fooled by `attack`, both as PNG."
     fooled = (r.masks['clean'] & ~r.masks[repr(attack)]).nonzero().flatten()[:n]
@@ -330,23 +311,22 @@ def ader_evaluate(
     for name,net in nets.items():
         dls, t = _data_for(net, data, size=size, channels=channels, loader=loader), threat
         if eps is None: t = Threat(0.5 if t.norm == 'L2' else dls.test.dataset.eps, norm)
-        attacks = paper_attacks(t) + ([AutoAttack(t)] if autoattack else [])
+        attacks = [*paper_attacks(t), *[AutoAttack(t)]*autoattack]
         black = [Transfer(o, a, f'{a!r} from {k}') for k,o in others.items()
                  for a in (PGD_sat(t), CW_inf(t))]
         if queries: black.append(Square(t, queries))
-        with _threads(dls):
-            r = robustness_report(
-                net, dls.test, attacks, t, images=images or None, black_box=black, seed=seed,
-                folder=out/'progress', progress=sys.stdout.isatty())
-        tables[name] = r.table
-        files = dict(html=report_page(r, name), csv=r.table.to_csv(index=False))
-        files['images.csv'] = _each_image(r).to_csv(index=False)
+        with _threads(dls): r = robustness_report(
+            net, dls.test, attacks, t, images=images or None, black_box=black, seed=seed,
+            folder=out/'progress', progress=sys.stdout.isatty())
+        tables[name], masks = r.table, {k: ok.int().tolist() for k,ok in r.masks.items()}
+        each = pd.DataFrame({'class': [r.classes[k] for k in r.y]} | masks).rename_axis('image')
+        files = {'html': report_page(r, name), 'csv': r.table.to_csv(index=False),
+                 'images.csv': each.to_csv()}
         atomic_write({out/f'{name}.{k}': o.encode() for k,o in files.items()})
         _write_fooled(out/name, net, dls.test, r, PGD_sat(t), save_images)
         print(f'{name}, {t.norm}, ε = {t.eps:.4g}\n{r}\nThe page is {out/name}.html\n', flush=True)
     if len(tables) > 1: print(markdown_table(compare(tables)))
 
-# %% ../nbs/27_command_line.ipynb #158758bd
 ader_evaluate_cli = command(ader_evaluate)
 
 # %% ../nbs/27_command_line.ipynb #05c9e122

@@ -4,26 +4,24 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'TABLES', 'SCALES', 'one_cycle', 'step_schedule', 'Run', 'in_order', 'Record', 'read_records', 'load_net',
-           'run_one', 'pending', 'run_all', 'paper_numbers', 'plan', 'runs', 'measure_seconds', 'estimate',
-           'make_table', 'overview', 'table_markdown', 'plot_table', 'ader_reproduce', 'ader_table']
+           'run_one', 'run_all', 'paper_numbers', 'plan', 'runs', 'measure_seconds', 'make_table', 'overview',
+           'table_markdown', 'plot_table', 'ader_table', 'ader_reproduce']
 
 # %% ../nbs/28_reproduce.ipynb #aecfd26e
 import ader.attacks, ader.weighting, hashlib, json, platform, re, subprocess, time, torch
-import pandas as pd
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import concurrent.futures as futures, multiprocessing, pandas as pd
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
-from functools import lru_cache, partial
-from itertools import product
-from multiprocessing import get_context
+from functools import partial
+from jinja2 import Environment, PackageLoader
 from pathlib import Path
-from torch import nn
+from types import SimpleNamespace
 from .attacks import PGD, Threat, Transfer
 from .attention import add_attention
 from .checkpoints import (atomic_write, check_folder, load, read_json, save, saved_files,
                               seed_everything, versions)
 from .data import AderError, load_data
+from .deploy import _extra
 from .evaluation import check_teacher, markdown_table
 from .methods import make_method, teachers_of
 from .networks import net_from_text
@@ -31,8 +29,9 @@ from .sanity import robustness_report
 from .speed import ForeachAdam, FrozenCopy, dtype_of, one_thread
 from .teachers import TEACHER_METHODS, run_config, train
 from .training import PrintEpochs, WeightEMA
-from fastai.basics import SGD, Callback, CancelFitException, Learner, patch
+from fastai.basics import SGD, Callback, CancelFitException, Learner
 from fastai.callback.schedule import ParamScheduler
+from fastcore.meta import delegates
 
 # %% ../nbs/28_reproduce.ipynb #f3abc3ac
 def one_cycle(epochs:int, lr:float, bs:int|None=None, optimizer:str='adam', wd:float|None=None,
@@ -43,13 +42,12 @@ def one_cycle(epochs:int, lr:float, bs:int|None=None, optimizer:str='adam', wd:f
 def step_schedule(epochs:int, lr:float, drops:list, factor:float=0.1, bs:int=128,
                   optimizer:str='sgd', wd:float=2e-4, **more) -> dict:
     "A learning rate that is multiplied by `factor` after each of the epochs `drops`."
-    return dict(kind='steps', epochs=epochs, lr=lr, bs=bs, optimizer=optimizer, wd=wd,
-                drops=list(drops), factor=factor, wd_bn_bias=True, **more) # as torch's SGD
+    steps = dict(kind='steps', drops=list(drops), factor=factor, wd_bn_bias=True) # as torch's SGD
+    return one_cycle(epochs, lr, bs, optimizer, wd, **more) | steps
 
 # %% ../nbs/28_reproduce.ipynb #77b6d6eb
-_FOUR = ['FGSM', 'PGD_sat', 'PGD_trades', 'CW_inf']
-
-_ATTACKS = {k: getattr(ader.attacks, k) for k in [*_FOUR, 'Square', 'AutoAttack']}
+_STEPS = dict(FGSM=1, PGD_sat=20, PGD_trades=20, CW_inf=30, AutoAttack=2000, Square=1700) # an image
+_FOUR = [*_STEPS][:4]
 
 def _one_of(what:str, name:str, known):
     if name not in known: raise AderError(f'{what} is one of {", ".join(known)}, not {name!r}')
@@ -76,44 +74,40 @@ class Run:
     valid:int|None = None # validation images of CIFAR; default: 1,000
 
     def __post_init__(self):
-        nets = {role: nn.Identity() for role in self.teachers}
+        nets = {role: torch.nn.Identity() for role in self.teachers}
         method = type(make_method(self.method, **nets, **_settings(self.settings))) # or refuses
-        for a in self.evaluate: _one_of('an attack', a.removeprefix('transfer-'), _ATTACKS)
+        for a in self.evaluate: _one_of('an attack', a.removeprefix('transfer-'), _STEPS)
         run = lambda o: Run(**o) if isinstance(o, dict) else o # from JSON
         about = lambda o: {k: run(v) for k,v in o.items() if v is not None}
-        usual = 0.2 if self.data == 'digits' else 8/255
-        new = dict(method=method.__name__, eps=self.eps or usual,
-                   teachers={r: run(self.teachers[r]) for r in teachers_of(method)},
-                   evaluate={a: about(o) for a,o in self.evaluate.items()})
-        for k,v in new.items(): object.__setattr__(self, k, v)
+        vars(self).update( # it is frozen for everybody else
+            method=method.__name__, eps=self.eps or (0.2 if self.data == 'digits' else 8/255),
+            teachers={r: run(self.teachers[r]) for r in teachers_of(method)},
+            evaluate={a: about(o) for a,o in self.evaluate.items()})
 
-# %% ../nbs/28_reproduce.ipynb #259ca27d
-@patch(as_prop=True)
-def id(self:Run) -> str: # 10 hexadecimal digits, the same if the same weights come out
-    d = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-    if self.valid is None: del d['valid'] # as of runs that could not choose it
-    d['teachers'] = {r: t.id for r,t in self.teachers.items()}
-    return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
+    @property
+    def id(self) -> str: # 10 hexadecimal digits, the same if the same weights come out
+        d = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        if self.valid is None: del d['valid'] # as of runs that could not choose it
+        d['teachers'] = {r: t.id for r,t in self.teachers.items()}
+        return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:10]
 
-@patch(as_prop=True)
-def name(self:Run) -> str: # of its files, such as 'digits-ADER-seed0-1a2b3c4d5e'
-    return f'{Path(self.data).name}-{self.method}-seed{self.seed}-{self.id}'
+    @property
+    def name(self) -> str: # of its files, such as 'digits-ADER-seed0-1a2b3c4d5e'
+        return f'{Path(self.data).name}-{self.method}-seed{self.seed}-{self.id}'
 
-# %% ../nbs/28_reproduce.ipynb #d98a153d
-@patch(as_prop=True)
-def needs(self:Run) -> list: # runs whose networks this one needs: teachers, surrogates
-    surrogates = [a['surrogate'] for a in self.evaluate.values() if 'surrogate' in a]
-    return [*self.teachers.values(), *surrogates]
+    @property
+    def needs(self) -> list: # runs whose networks this one needs: teachers, surrogates
+        attacks = self.evaluate.values()
+        return [*self.teachers.values(), *[a['surrogate'] for a in attacks if 'surrogate' in a]]
 
 # %% ../nbs/28_reproduce.ipynb #56c25efa
 def in_order(runs:list) -> list[Run]: # each once, what is needed before what needs it
     "The runs and all that they need; the same run wanted twice is evaluated by all attacks."
     found = {}
-    def add(run):
-        for o in run.needs: add(o)
-        old = found.get(run.id, run)
-        found[run.id] = replace(old, evaluate=old.evaluate | run.evaluate)
-    for run in runs: add(run)
+    for run in runs:
+        for o in [*in_order(run.needs), run]:
+            old = found.get(o.id, o)
+            found[o.id] = replace(old, evaluate=old.evaluate | o.evaluate)
     return list(found.values())
 
 # %% ../nbs/28_reproduce.ipynb #c43e936c
@@ -122,22 +116,22 @@ def _fit(s:dict) -> dict: # arguments of `train` for a schedule
     def steps(learn, n, lr):
         at = lambda pos: lr*s['factor']**sum(pos >= d/n for d in s['drops'])
         learn.fit(n, lr, cbs=ParamScheduler(dict(lr=at)))
-    fit = steps if s['kind'] == 'steps' else Learner.fit_one_cycle
     ema = [WeightEMA(s['ema'], s.get('monitor'))] if 'ema' in s else []
-    return dict(fit=fit, opt_func=opts[s['optimizer']], cbs=[*ema, PrintEpochs()], wd=s['wd'],
+    return dict(fit=steps if s['kind'] == 'steps' else Learner.fit_one_cycle, wd=s['wd'],
+                opt_func=opts[s['optimizer']], cbs=[*ema, PrintEpochs()],
                 wd_bn_bias=s.get('wd_bn_bias', False))
 
 # %% ../nbs/28_reproduce.ipynb #62ef0f3a
 def _attack(name:str, about:dict, threat:Threat, net_of): # -> attack
     settings = {k: v for k,v in about.items() if k not in ('images', 'surrogate')}
-    attack = _ATTACKS[name.removeprefix('transfer-')](threat, **settings)
+    attack = getattr(ader.attacks, name.removeprefix('transfer-'))(threat, **settings)
     return Transfer(net_of(about['surrogate']), attack, name) if 'surrogate' in about else attack
 
+# %% ../nbs/28_reproduce.ipynb #70ba24b5
 def _data(run:Run): # -> DataLoaders
     device = 'cpu' if run.data == 'digits' else None
     return load_data(run.data, run.schedule['bs'], run.seed, device, valid=run.valid)
 
-# %% ../nbs/28_reproduce.ipynb #70ba24b5
 def _prepare(run:Run, dls, net_of): # -> method, network with fresh weights
     seed_everything(run.seed)
     net = net_from_text(run.net, dls)
@@ -146,23 +140,11 @@ def _prepare(run:Run, dls, net_of): # -> method, network with fresh weights
     return method, add_attention(net) if run.attention else net
 
 # %% ../nbs/28_reproduce.ipynb #4f7e632c
-@dataclass
-class Record:
-    "What came out of a run."
-    run:Run
-    source:dict # name of the data, numbers of training, validation and test images
-    code:dict # version; in a git checkout also commit, and whether files differ from it
-    versions:dict
-    device:str
-    precision:str # of the training
-    config:dict # what the training was asked to do, from `run_config`
-    epochs:list # the progress table
-    seconds:dict # of training and evaluation
-    robustness:list # rows: attack, accuracy, low, high, images, seconds, forward, backward
-    checks:list # sanity checks: name, ok, found
-    weights:str # SHA-256 of the network's file
-    finished:str # UTC
+_FIELDS = {*('run source code versions device precision config epochs seconds robustness checks '
+             'weights finished').split()}
 
+class Record(SimpleNamespace):
+    "What came out of a run."
     def __getitem__(self, attack:str) -> dict|None: # its row
         return next((o for o in self.robustness if o['attack'] == attack), None)
 
@@ -170,11 +152,12 @@ class Record:
     def read(cls, path:str|Path):
         "The record in a JSON file."
         d = read_json(path)
-        try: r = cls(**{**d, 'run': Run(**d['run'])})
-        except (AderError, AttributeError, KeyError, TypeError) as e:
-            raise AderError(f'{path} is no record of a run: {e}') from None
-        if r.run.name != Path(path).stem: raise AderError(f'{path} is the record of {r.run.name}')
-        return r
+        try: d['run'] = Run(**d['run'])
+        except (AderError, AttributeError, KeyError, TypeError): d = {}
+        if d.keys() != _FIELDS: raise AderError(f'{path} is no record of a run')
+        if d['run'].name != Path(path).stem:
+            raise AderError(f'{path} is the record of {d["run"].name}')
+        return cls(**d)
 
 # %% ../nbs/28_reproduce.ipynb #6543a0ae
 def read_records(*folders:str|Path) -> dict[str,Record]: # by id of the run
@@ -185,26 +168,22 @@ def read_records(*folders:str|Path) -> dict[str,Record]: # by id of the run
 # %% ../nbs/28_reproduce.ipynb #20169e61
 _HERE = Path(ader.__file__).parent
 
-@lru_cache
 def _code_version() -> dict:
-    how, version = dict(shell=True, cwd=_HERE, capture_output=True, text=True), ader.__version__
+    how = dict(shell=True, cwd=_HERE, capture_output=True, text=True)
     git = lambda what: subprocess.run(f'git {what}', **how).stdout.strip() # '' if there is no git
-    if not git('ls-files __init__.py'): return dict(version=version)
-    dirty = bool(git('status --porcelain -- .'))
-    return dict(version=version, commit=git('rev-parse HEAD'), dirty=dirty)
+    found = dict(commit=git('rev-parse HEAD'), dirty=bool(git('status --porcelain -- .')))
+    return dict(version=ader.__version__) | (found if git('ls-files __init__.py') else {})
 
 # %% ../nbs/28_reproduce.ipynb #01ef8efa
 def _device_name(device:torch.device) -> str:
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
-    cpu = f'{platform.machine()} CPU, {n} thread{"s"*(n > 1)}'
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu
+    return f'{platform.machine()} CPU, {n} thread{"s"*(n > 1)}'
 
 # %% ../nbs/28_reproduce.ipynb #24244d05
-def _stem(run:Run, folder) -> Path: # of the files of its network
-    return Path(folder)/run.name/'net'
+def _stem(run:Run, folder) -> Path: return Path(folder)/run.name/'net' # of its network's files
 
-def _is_trained(run:Run, folder) -> bool:
-    return all(f.exists() for f in saved_files(_stem(run, folder)))
+def _is_trained(run:Run, folder): return all(f.exists() for f in saved_files(_stem(run, folder)))
 
 def load_net(run:Run, folder:str|Path, device='cpu'): # -> network in evaluation mode
     "The network of a run that was trained into `folder`."
@@ -213,10 +192,8 @@ def load_net(run:Run, folder:str|Path, device='cpu'): # -> network in evaluation
 # %% ../nbs/28_reproduce.ipynb #87d754fc
 def _train(run:Run, dls, folder):
     target, s = _stem(run, folder), run.schedule
-    check_folder(target.parent)
     method, net = _prepare(run, dls, partial(load_net, folder=folder))
-    more = dict(progress=False, resume=target, **_fit(s))
-    learn = train(method, net, dls, s['epochs'], s['lr'], run.seed, **more)
+    learn = train(method, net, dls, s['epochs'], s['lr'], run.seed, False, resume=target, **_fit(s))
     if run.method.lower() in TEACHER_METHODS: # it may become one
         check_teacher(net, dls.valid, Threat(run.eps), progress=False)
     names = ['epoch', *learn.recorder.metric_names[1:-1]]
@@ -247,8 +224,7 @@ def _evaluate(run:Run, net, test, folder) -> tuple[list,list]: # rows, checks
 # %% ../nbs/28_reproduce.ipynb #0973e95d
 def run_one(
     run:Run, # whose teachers and surrogates are trained
-    folder:str|Path='runs', # of networks and checkpoints
-    results:str|Path|None=None # of records; default: 'results' in the folder
+    folder:str|Path='runs', results:str|Path|None=None # networks; records, default: folder/results
 ) -> Record: # also written
     "Train, evaluate, write the record; what is done already is not done again."
     file = Path(results or Path(folder)/'results')/f'{run.name}.json'
@@ -260,44 +236,41 @@ def run_one(
         rows, checks = _evaluate(run, net, dls.test, folder)
     sizes = dict(zip(('training', 'validation', 'test'), (len(o.dataset) for o in dls.loaders)))
     m, judged = net.metadata, sum(o['seconds'] for o in rows if o['attack'] != 'worst case')
-    record = Record(
-        run, dict(data=dls.train.dataset.name, **sizes), _code_version(),
-        dict(python=platform.python_version(), **versions()),
-        m['device'], m['precision'], m['run_config'], m['epochs'],
-        dict(training=round(m['seconds'], 1), evaluation=round(judged, 1)), rows, checks,
-        read_json(saved_files(_stem(run, folder))[1])['sha256'],
-        datetime.now(timezone.utc).isoformat(timespec='seconds'))
-    atomic_write(file, json.dumps(asdict(record), indent=1, ensure_ascii=False).encode())
-    return record
+    d = dict(
+        run=asdict(run), source=dict(data=dls.train.dataset.name, **sizes), code=_code_version(),
+        versions=dict(python=platform.python_version(), **versions()), device=m['device'],
+        precision=m['precision'], config=m['run_config'], epochs=m['epochs'],
+        seconds=dict(training=round(m['seconds'], 1), evaluation=round(judged, 1)),
+        robustness=rows, checks=checks,
+        weights=read_json(saved_files(_stem(run, folder))[1])['sha256'],
+        finished=time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime()))
+    atomic_write(file, json.dumps(d, indent=1, ensure_ascii=False).encode())
+    return Record(**d | dict(run=run))
 
 # %% ../nbs/28_reproduce.ipynb #e752b87e
-def pending(runs:list, folder:str|Path, results:str|Path) -> list[Run]: # in order
-    "Runs that are still to be done, and those they need."
+def _pending(runs, folder, results) -> list[Run]: # still to be done, or needed for that; in order
     done, left, needed, asked = read_records(results), [], set(), {o.id for o in runs}
     is_complete = lambda r: r.id in done and r.evaluate.items() <= done[r.id].run.evaluate.items()
     for run in reversed(in_order(runs)):
         wanted = run.id in asked and not is_complete(run)
         if wanted or (run.id in needed and not _is_trained(run, folder)):
-            left.append(run)
+            left.insert(0, run)
             needed |= {o.id for o in run.needs}
-    return left[::-1]
+    return left
 
 # %% ../nbs/28_reproduce.ipynb #7586c3c6
 def _try(folder, results, run:Run, *needed) -> str|None: # why it failed; `needed`: of what it needs
     if any(needed): return 'what it needs failed'
     print(f'{run.name}: begins', flush=True)
     try: r = run_one(run, folder, results)
-    except AderError as e:
-        print(f'{run.name} failed: {e}', flush=True)
-        return str(e)
+    except AderError as e: return str(e)
     accuracies = '   '.join(f'{o["attack"]} {o["accuracy"]:.1%}' for o in r.robustness)
     print(f'{run.name}: {accuracies}   ({sum(r.seconds.values()):.0f} s)', flush=True)
 
 # %% ../nbs/28_reproduce.ipynb #406bb082
 def run_all(
     runs:list, # of `Run`
-    folder:str|Path='runs', # of networks and checkpoints
-    results:str|Path|None=None, # of records; default: 'results' in the folder
+    folder:str|Path='runs', results:str|Path|None=None, # networks; records, default: folder/results
     workers:int=1, # processes on this machine
     ray:str|None=None, # address of a Ray cluster, 'auto' or 'local'; default: without Ray
     num_gpus:float=0 # of each Ray task
@@ -305,30 +278,28 @@ def run_all(
     "Do all runs that are not done."
     folder = check_folder(folder).absolute()
     results = check_folder(results or folder/'results').absolute()
-    todo, do = pending(runs, folder, results), partial(_try, folder, results)
+    todo, do = _pending(runs, folder, results), partial(_try, folder, results)
     if ray: why = _on_ray(todo, do, ray, num_gpus)
     else: why = _in_pool(todo, do, workers) if workers > 1 else _start_all(todo, do)
     return {o.name: why[o.id] for o in todo if why[o.id]}
 
 def _start_all(todo, start) -> dict: # id -> what `start` returns of a run, and of those it needs
-    found = {}
-    for run in todo: found[run.id] = start(run, *[found[o.id] for o in run.needs if o.id in found])
-    return found
+    d = {}
+    for run in todo: d[run.id] = start(run, *[d[o.id] for o in run.needs if o.id in d])
+    return d
 
 # %% ../nbs/28_reproduce.ipynb #9d867e30
 def _in_pool(todo, do, workers) -> dict: # id -> why it failed, or None
-    one_thread_each = get_context('spawn'), torch.set_num_threads, (1,)
-    with (ThreadPoolExecutor(len(todo) + 1) as threads, # each waits for a run
-          ProcessPoolExecutor(workers, *one_thread_each) as pool):
+    one_thread_each = multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)
+    with (futures.ThreadPoolExecutor(len(todo) + 1) as threads, # each waits for a run
+          futures.ProcessPoolExecutor(workers, *one_thread_each) as pool):
         wait = lambda run, *needed: pool.submit(do, run, *[o.result() for o in needed]).result()
         started = _start_all(todo, partial(threads.submit, wait))
         return {k: o.result() for k,o in started.items()}
 
 # %% ../nbs/28_reproduce.ipynb #957d5943
 def _on_ray(todo, do, address, num_gpus) -> dict: # likewise
-    try: import ray
-    except ImportError:
-        raise AderError("--ray needs Ray; install it by: pip install 'ader-distill[ray]'") from None
+    ray, = _extra('ray', 'ray')
     where = dict(include_dashboard=False) if address == 'local' else dict(address=address)
     ray.init(ignore_reinit_error=True, **where)
     task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(lambda *args: do(*args))
@@ -343,67 +314,49 @@ def paper_numbers() -> pd.DataFrame: # percent
 MAPS, TABLES, SCALES = read_json(_HERE/'experiments.json').values()
 
 # %% ../nbs/28_reproduce.ipynb #a7faeeb3
-def _run(table, scale, data, epochs, images, seed, net, method, settings={}, more={}, teachers={}):
-    s = SCALES[scale]
+def _run(table, scale, data, short, images, seed, known, *, net, method, settings={},
+         teacher='robust', **more) -> Run: # of a row of a table; `known`: trained teachers
+    s, few = SCALES[scale], dict(images=images) if images else {}
     text, given = s[data][net]
-    given, settings = given | more, s.get('settings', {}) | settings
-    if epochs and 'drops' in given:
-        given = given | dict(drops=[d*epochs/given['epochs'] for d in given['drops']])
-    make = step_schedule if 'drops' in given else one_cycle
-    schedule = make(**given | dict(epochs=epochs or given['epochs']))
-    def about(attack):
-        surrogate = teachers['robust'] if attack.startswith('transfer-') else None
-        own = s['evaluate'].get(attack, {})
-        return own | dict(images=images or own.get('images'), surrogate=surrogate)
-    evaluate = {a: about(a) for a in (TABLES[table]['attacks'] if teachers else _FOUR)}
-    return Run(method, text, s[data]['data'], schedule, teachers, settings, None, seed, True,
-               evaluate, scale, s.get('valid'))
+    schedule = (step_schedule if 'drops' in given else one_cycle)(**given | more)
+    if short and 'drops' in schedule:
+        schedule['drops'] = [d*short/schedule['epochs'] for d in schedule['drops']]
+    schedule['epochs'] = short or schedule['epochs']
+    teachers = dict(clean=known['clean'], robust=known[teacher]) if known else {}
+    whose = lambda a: dict(surrogate=known['robust']) if a.startswith('transfer-') else {}
+    evaluate = {a: s['evaluate'].get(a, {}) | few | whose(a)
+                for a in (TABLES[table]['attacks'] if known else _FOUR)}
+    return Run(method, text, s[data]['data'], schedule, teachers, s['settings'] | settings,
+               seed=seed, evaluate=evaluate, scale=scale, valid=s['valid'])
 
 # %% ../nbs/28_reproduce.ipynb #f140f27e
-_TEACHERS = dict(clean='Natural', robust='TRADES')
-
 def _tables(table:str, scale:str) -> list[str]: # 'all': those whose networks the scale has
-    if table != 'all': return table.split(',')
-    nets = lambda t: {net for net,*_ in t['rows'].values()}
-    return [k for k,t in TABLES.items()
-            if all(nets(t) <= {*SCALES[scale].get(d, ())} for d in t['data'])]
+    _one_of('a scale', scale, SCALES)
+    return SCALES[scale]['tables'] if table == 'all' else table.split(',')
 
 def plan(
-    table:str, # of `TABLES`
-    scale:str='digits', # of `SCALES`
+    table:str, scale:str='digits', # of `TABLES`; of `SCALES`
     seeds:tuple=(0,), # one run for each
     only:list|None=None, # defenses, as the table calls them; default: all
-    epochs:int|None=None, # of every training; default: the scale's
-    images:int|None=None # test images for every attack; default: the scale's
+    epochs:int|None=None, images:int|None=None # of a training; for an attack; default: the scale's
 ) -> list[tuple[str,str,Run]]: # data set of the paper, defense, run
     "The rows of a table, each with its run."
-    _one_of('a table', table, TABLES)
-    _one_of('a scale', scale, SCALES)
-    t, rows = TABLES[table], []
-    if table not in _tables('all', scale):
-        raise AderError(f'{table} is not for the scale {scale}; that has '
-                        f'{", ".join(_tables("all", scale))}')
+    place = f'{table} is not for the scale {scale}, where a table'
+    _one_of(place, table, _tables('all', scale))
+    s, t, rows = SCALES[scale], TABLES[table], []
     for o in only or []: _one_of(f'a defense of {table}', o, t['rows'])
-    for data,seed in product(t['data'], seeds):
+    for data,seed in [(d, s) for d in t['data'] for s in seeds]:
         make = partial(_run, table, scale, data, epochs, images)
-        s = SCALES[scale]
-        kinds, first = s.get('teachers', _TEACHERS), seeds[0] if s['fixed_teachers'] else seed
-        known = {r: make(first, r, m) for r,m in kinds.items()}
-        for k,(net, method, settings, *more) in t['rows'].items():
-            more = dict(*more)
-            teachers = dict(clean=known['clean'], robust=known.get(more.pop('teacher', 'robust')))
-            how = method, settings, more, teachers
-            run = known[net] if net in known else make(seed, net, *how)
-            if not only or k in only: rows.append((data, k, run))
+        first = seeds[0] if s['fixed_teachers'] else seed
+        known = {r: make(first, {}, net=r, method=m) for r,m in s['teachers'].items()}
+        for k,row in t['rows'].items():
+            if only and k not in only: continue
+            rows.append((data, k, known.get(row['net']) or make(seed, known, **row)))
     return rows
 
-# %% ../nbs/28_reproduce.ipynb #2672b127
 def runs(table:str, scale:str='digits', **kwargs) -> list[Run]: # see `plan`
     "All runs that a table needs, teachers first."
     return in_order([r for *_,r in plan(table, scale, **kwargs)])
-
-# %% ../nbs/28_reproduce.ipynb #ba6e6959
-_STEPS = dict(FGSM=1, PGD_sat=20, PGD_trades=20, CW_inf=30, AutoAttack=2000, Square=1700) # an image
 
 # %% ../nbs/28_reproduce.ipynb #f9761f78
 def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a step on one image
@@ -421,41 +374,23 @@ def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a
     one = (time.perf_counter() - start)/4/len(x)
     return len(dls.train)*(at[2][1] - at[0][1])/2 + len(dls.valid.dataset)*12*one, one
 
-def _seconds(run:Run) -> tuple[float,float]: # of training, of evaluation
-    "About how long a run takes here, with untrained teachers."
-    dls = _data(run)
-    method, net = _prepare(run, dls, lambda t: add_attention(net_from_text(t.net, dls)))
-    (epoch, one), n = measure_seconds(method, net, dls), len(dls.test.dataset)
-    attacked = 0.1 if run.method == 'Natural' else 0.6 # images that are still correct, on average
-    steps = sum(_STEPS[a.removeprefix('transfer-')]*o.get('images', n)
-                for a,o in run.evaluate.items())
-    return run.schedule['epochs']*epoch, (attacked*steps + n)*one
-
 # %% ../nbs/28_reproduce.ipynb #a30dcfca
-def estimate(runs:list, folder:str|Path, results:str|Path) -> pd.DataFrame: # a row a run: minutes
-    "What is still to be done, and about how long it takes here."
-    rows, n = [], len(in_order(runs))
-    for run in pending(runs, folder, results):
-        training, evaluation = (s/60 for s in _seconds(run))
-        rows.append((run.name, run.net, 0 if _is_trained(run, folder) else training, evaluation))
-        print('{:45s} {:40s} {:.1f} + {:.1f} min'.format(*rows[-1]), flush=True)
-    d = pd.DataFrame(rows, columns=['run', 'net', 'training', 'evaluation'])
-    hours = (d.training + d.evaluation).sum()/60
-    print(f'{n} runs, {n - len(d)} done; the rest takes about {hours:.1f} h, one after another')
-    return d
+def _estimate(runs, folder, results): # prints what is still to be done, and how long it takes
+    todo, hours = _pending(runs, folder, results), 0
+    for run in todo:
+        dls, epochs = _data(run), 0 if _is_trained(run, folder) else run.schedule['epochs']
+        fresh = lambda t: add_attention(net_from_text(t.net, dls)) # as teachers
+        epoch, one = measure_seconds(*_prepare(run, dls, fresh), dls)
+        correct, n = 0.1 if run.method == 'Natural' else 0.6, len(dls.test.dataset) # on average
+        steps = sum(_STEPS[k.removeprefix('transfer-')]*o.get('images', n)
+                    for k,o in run.evaluate.items())
+        training, evaluation = epochs*epoch/60, (correct*steps + n)*one/60
+        print(f'{run.name:45s} {run.net:40s} {training:.1f} + {evaluation:.1f} min', flush=True)
+        hours += (training + evaluation)/60
+    n = len(in_order(runs))
+    print(f'{n} runs, {n - len(todo)} done; the rest takes about {hours:.1f} h, one after another')
 
 # %% ../nbs/28_reproduce.ipynb #28c4f3c2
-def _scores(records, attack:str) -> pd.Series: # percent, of records that differ in the seed
-    rows = [r[attack] for r in records if r[attack]]
-    acc = pd.Series([100*o['accuracy'] for o in rows], dtype=float)
-    one = rows[0] if rows else dict(high=0, low=0)
-    acc.attrs['error'] = 50*(one['high'] - one['low']) if len(acc) < 2 else acc.std()
-    return acc
-
-def _cell(records, attack:str) -> str: # percent
-    s = _scores(records, attack)
-    return f'{s.mean():.2f} ± {s.attrs["error"]:.2f}' if len(s) else '—'
-
 def _found(table, scale, records, **kwargs) -> dict: # (data, defense) -> records by id
     found = {}
     for *row,run in plan(table, scale, **kwargs):
@@ -463,86 +398,56 @@ def _found(table, scale, records, **kwargs) -> dict: # (data, defense) -> record
         if run.id in records: there[run.id] = records[run.id]
     return found
 
+def _score(rows:list) -> tuple: # percent and its ±, of records that differ in the seed; or ()
+    d = pd.DataFrame([o for o in rows if o])
+    if not len(d): return ()
+    return 100*d.accuracy.mean(), 100*d.accuracy.std() if len(d) > 1 else 50*(d.high - d.low)[0]
+
 # %% ../nbs/28_reproduce.ipynb #87e5fa78
-_PAPER_NAMES = {'transfer-PGD_sat': 'PGD-20', 'transfer-CW_inf': 'CW_inf'} # of attacks
-
-def _paper_cells(table, data, defense) -> dict: # attack -> number, also 'clean'
-    d = paper_numbers()
-    d = d[(d.table.map('table{}'.format) == table) & (d.dataset == data) & (d.defense == defense)]
-    by = d.set_index('attack')
-    clean = dict(clean=d.clean.iloc[0]) if len(d) else {}
-    names = {a: _PAPER_NAMES.get(a, a) for a in TABLES[table]['attacks']}
-    return clean | {a: by.robust[k] for a,k in names.items() if k in by.index}
-
-def make_table(
-    table:str, scale:str, records:dict, # see `plan`; `records` from `read_records`
-    **kwargs # see `plan`
-) -> pd.DataFrame: # a row a defense, a column an attack: percent, in brackets the paper's
-    "Ours beside the paper's; the best of ours is bold; rows without a number are left out."
-    t, rows = TABLES[table], {}
-    columns = ['clean', *t['attacks']]
-    for (data, defense),found in _found(table, scale, records, **kwargs).items():
-        ours, theirs = list(found.values()), _paper_cells(table, data, defense)
-        if not (ours or theirs): continue
-        row = {a: (_scores(ours, a), theirs.get(a)) for a in columns}
-        rows[data, MAPS.get(defense, defense)] = row
-    best = {(d, a): max((v[a][0].mean() for (k,_),v in rows.items() if k == d and len(v[a][0])),
-                        default=None) for d,_ in rows for a in columns}
-    def cell(data, attack, ours, theirs):
-        mean = ours.mean() if len(ours) else None
-        text = '—' if mean is None else f'{mean:.1f} ± {ours.attrs["error"]:.1f}'
-        if mean is not None and mean == best[data, attack]: text = f'**{text}**'
+def make_table(table:str, scale:str, records:dict, **kwargs) -> pd.DataFrame: # see `plan`
+    "A row a defense: percent, the best bold, in brackets the paper's; none without a number."
+    columns, found = ['clean', *TABLES[table]['attacks']], _found(table, scale, records, **kwargs)
+    scores = {(*k, a): _score([r[a] for r in o.values()]) for k,o in found.items() for a in columns}
+    best = lambda data, a: max(o[:1] for (d, _, b),o in scores.items() if (d, b) == (data, a))
+    p = paper_numbers()
+    p = p[p.table.map('table{}'.format) == table].set_index(['dataset', 'defense', 'attack'])
+    clean = p.groupby(level=[0, 1]).clean.first()
+    def cell(data, defense, a):
+        k = data, defense, a
+        text = '{:.1f} ± {:.1f}'.format(*scores[k]) if scores[k] else '—'
+        if scores[k] and scores[k][:1] == best(data, a): text = f'**{text}**'
+        theirs = clean.get(k[:2]) if a == 'clean' else p.robust.get(k)
         return text if theirs is None else f'{text} ({theirs:.1f})'
-    d = pd.DataFrame([[*k, *[cell(k[0], a, *v[a]) for a in columns]] for k,v in rows.items()],
-                     columns=['data', 'defense', *columns])
-    return d if len(t['data']) > 1 else d.drop(columns='data')
+    rows = [(d, MAPS.get(k, k), *[cell(d, k, a) for a in columns]) for (d, k),o in found.items()
+            if o or (d, k) in clean]
+    d = pd.DataFrame(rows, columns=['data', 'defense', *columns])
+    return d if len(TABLES[table]['data']) > 1 else d.drop(columns='data')
 
 # %% ../nbs/28_reproduce.ipynb #3e1c6112
 def overview(records, attacks:list|None=None) -> pd.DataFrame: # percent
     "A row a record, a column an attack."
-    records = list(records.values() if isinstance(records, dict) else records)
-    attacks = attacks or list(dict.fromkeys(o['attack'] for r in records for o in r.robustness))
-    rows = [(r.run.method, json.dumps(r.run.settings), r.run.net, r.run.schedule['epochs'],
-             r.run.seed, r.source['data'], *[_cell([r], a) for a in attacks]) for r in records]
-    about = ['method', 'settings', 'network', 'epochs', 'seed', 'data']
-    return pd.DataFrame(rows, columns=about + attacks)
-
-# %% ../nbs/28_reproduce.ipynb #725ee8fe
-def _provenance(records:list) -> str:
-    code = [r.code.get('commit', r.code['version'])[:10] + ' (changed)'*r.code.get('dirty', False)
-            for r in records]
-    about = [(round(r.run.eps, 4), r.device, r.precision) for r in records]
-    d = overview(records).join(pd.DataFrame(about, columns=['eps', 'device', 'precision']))
-    o = d.assign(code=code).astype(str).agg(lambda c: ', '.join(c.unique()))
-    judged = pd.DataFrame([o for r in records for o in r.robustness]).groupby('images', sort=False)
-    images = ', '.join(f'{n:,} for {"/".join(o.attack.unique())}' for n,o in judged)
-    teachers = ', '.join(dict.fromkeys(t.net for r in records for t in r.run.teachers.values()))
-    return (f'Data: {o.data}. Networks: {o.network}{"; teachers: " * bool(teachers)}{teachers}. '
-            f'Epochs: {o.epochs}. ε = {o.eps}. Seeds: {o.seed}. Test images: {images}. '
-            f'On {o.device}, trained in {o.precision}, evaluated in float32, code {o.code}. '
-            '± is the 95% CI of the test images where there is one seed, the standard deviation '
-            'between seeds where there are several.')
+    records = records.values() if isinstance(records, dict) else records
+    cell = lambda o: f'{100*o["accuracy"]:.2f} ± {50*(o["high"] - o["low"]):.2f}'
+    d = pd.DataFrame([dict(
+        method=r.run.method, settings=json.dumps(r.run.settings), network=r.run.net,
+        epochs=r.run.schedule['epochs'], seed=r.run.seed, data=r.source['data'],
+        **{o['attack']: cell(o) for o in r.robustness}) for r in records])
+    return d.reindex(columns=[*d.columns[:6], *(attacks or d.columns[6:])]).fillna('—')
 
 # %% ../nbs/28_reproduce.ipynb #736d12bb
 def table_markdown(
-    table:str, scale:str, records:dict, # see `make_table`
+    table:str, scale:str, records:dict, # see `plan`; from `read_records`
     link=str, # makes a link of a record's name
     **kwargs # see `plan`
 ) -> str:
     "The table with heading, provenance, known problems, and links to its records."
-    d, t = make_table(table, scale, records, **kwargs), TABLES[table]
+    d = make_table(table, scale, records, **kwargs)
     ids = dict.fromkeys(r.id for *_,r in plan(table, scale, **kwargs))
     found = [records[k] for k in ids if k in records]
-    notes = [f"- About the paper's numbers: {o}" for o in t['notes']]
-    doubts = [f'- {r.run.name} failed a sanity check: {c["found"]}'
-              for r in found for c in r.checks if not c['ok']]
-    names = ', '.join(f'[{r.run.name}]({link(r.run.name)})' for r in found)
-    numbers = ', in brackets the numbers of the paper' if '(' in d.to_string() else ''
-    lines = [f'**{t["title"]}: our runs {SCALES[scale]["title"]}{numbers}**',
-             markdown_table(d.set_index(d.columns[0])),
-             _provenance(found) if found else 'There are no records of our runs yet.',
-             *notes, *doubts, *[f'Records: {names}']*bool(found)]
-    return '\n\n'.join(lines) + '\n'
+    return Environment(loader=PackageLoader('ader', 'templates')).get_template('table.md').render(
+        t=TABLES[table], scale=SCALES[scale], table=markdown_table(d.set_index(d.columns[0])),
+        found=[vars(o) for o in found], link=link,
+        teachers=[t.net for r in found for t in r.run.teachers.values()])
 
 # %% ../nbs/28_reproduce.ipynb #a89a2ba1
 def plot_table(table:str, scale:str, records:dict, attack='PGD_sat', **kwargs): # see `make_table`
@@ -561,7 +466,7 @@ def plot_table(table:str, scale:str, records:dict, attack='PGD_sat', **kwargs): 
     return ax
 
 # %% ../nbs/28_reproduce.ipynb #9ada7392
-def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict:
+def _options(seeds:str='0', only:str|None=None, epochs:int|None=None, images:int|None=None) -> dict:
     bad = any(o is not None and o < 1 for o in (epochs, images))
     if bad or not re.fullmatch(r'\d+(,\d+)*', seeds): raise AderError(
         f'--seeds is like 0 or 0,1,2, and --epochs and --images at least 1; got {seeds!r}, '
@@ -569,45 +474,36 @@ def _options(seeds:str, only:str|None, epochs:int|None, images:int|None) -> dict
     seeds, only = tuple(map(int, seeds.split(','))), only and only.split(',')
     return dict(seeds=seeds, only=only, epochs=epochs, images=images)
 
-
-
 # %% ../nbs/28_reproduce.ipynb #a0e814c9
-def ader_reproduce(
+def ader_table(
     table:str, # table1 to table7, fig2 to fig4, front; several separated by commas, or all
     scale:str='digits', # digits: minutes; laptop: CIFAR-10, CPU; front: GPU; paper: its settings
-    only:str=None, # defenses, separated by commas: ADER,RSLAD; default: all of the table
-    seeds:str='0', # of everything random, separated by commas
-    folder:str='runs', # networks and checkpoints
     results:str='results', # where records are read and written
+    seeds:str='0', # of everything random, separated by commas
+    only:str=None, # defenses, separated by commas: ADER,RSLAD; default: all of the table
+    epochs:int=None, # of every training, to try things out; default: the scale's
+    images:int=None # test images for every attack, to try things out; default: the scale's
+):
+    "Draw a table from records, beside the paper's."
+    records, options = read_records(results), _options(seeds, only, epochs, images)
+    for t in _tables(table, scale):
+        print(table_markdown(t, scale, records, **options), flush=True)
+
+# %% ../nbs/28_reproduce.ipynb #c784c003
+@delegates(ader_table)
+def ader_reproduce(
+    table:str, scale:str='digits', results:str='results', # as of `ader_table`
+    folder:str='runs', # networks and checkpoints
     workers:int=1, # processes on this machine
     ray:str=None, # address of a Ray cluster, auto, or local; default: without Ray
     num_gpus:float=0, # GPUs of each run on Ray
     dry_run:bool=False, # only say what would be run, and about how long it takes here
-    epochs:int=None, # of every training, to try things out; default: the scale's
-    images:int=None # test images for every attack, to try things out; default: the scale's
+    **kwargs
 ):
     "Train and evaluate what a table of the paper needs and has no record yet, and draw the table."
-    options = _options(seeds, only, epochs, images)
-    _one_of('a scale', scale, SCALES)
-    todo = [r for t in _tables(table, scale) for r in runs(t, scale, **options)]
-    if dry_run: return estimate(todo, folder, results)
+    todo = [r for t in _tables(table, scale) for r in runs(t, scale, **_options(**kwargs))]
+    if dry_run: return _estimate(todo, folder, results)
     failed = run_all(todo, folder, results, workers, ray, num_gpus)
-    ader_table(table, scale, only, seeds, results, epochs, images)
+    ader_table(table, scale, results, **kwargs)
     why = '; '.join(f'{k} ({v})' for k,v in failed.items())
     if failed: raise AderError(f'{len(failed)} runs failed: {why}')
-
-# %% ../nbs/28_reproduce.ipynb #c784c003
-def ader_table(
-    table:str, # table1 to table7, fig2 to fig4, front; several separated by commas, or all
-    scale:str='digits', # paper, laptop, front or digits
-    only:str=None, # defenses, separated by commas; default: all of the table
-    seeds:str='0', # of the runs, separated by commas
-    results:str='results', # where the records are
-    epochs:int=None, # as given to ader_reproduce
-    images:int=None # as given to ader_reproduce
-):
-    "Draw a table from records, beside the paper's."
-    records, options = read_records(results), _options(seeds, only, epochs, images)
-    _one_of('a scale', scale, SCALES)
-    for t in _tables(table, scale):
-        print(table_markdown(t, scale, records, **options), flush=True)

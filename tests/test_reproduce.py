@@ -6,8 +6,8 @@ from ader import reproduce
 from ader.data import AderError
 from ader.samples import sample_net
 from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, in_order, load_net,
-                            make_table, one_cycle, pending, plan, read_records, run_all, run_one,
-                            runs, step_schedule, table_markdown, _tables)
+                            make_table, one_cycle, plan, read_records, run_all, run_one,
+                            runs, step_schedule, table_markdown, _pending, _tables)
 from ader.training import PrintEpochs
 
 FEW = {a: dict(images=40) for a in ('FGSM', 'PGD_sat')}
@@ -86,14 +86,14 @@ def test_the_committed_records_are_those_of_the_tables():
 # ---- what is to be done
 
 def test_nothing_is_done_twice(done, monkeypatch):
-    assert pending([student()], done, done/'results') == []
+    assert _pending([student()], done, done/'results') == []
     monkeypatch.setattr(reproduce, 'train', None)
     more = run_one(replace(student(), evaluate=dict(CW_inf=dict(images=40))), done)
     assert [o['attack'] for o in more.robustness] == ['clean', 'FGSM', 'PGD_sat', 'CW_inf']
 
 def test_more_images_are_to_be_done(done):
     r = student(evaluate=dict(FGSM=dict(images=60)))
-    assert pending([r], done, done/'results') == [r]
+    assert _pending([r], done, done/'results') == [r]
 
 def test_a_failed_teacher_fails_its_students_alone(tmp_path, monkeypatch):
     def broken(run, *rest):
@@ -168,7 +168,7 @@ def test_a_table_from_records_alone():
     (dict(table='table8'), 'table is one of table1'), (dict(scale='huge'), 'scale is one of paper'),
     (dict(only='ADR'), "not 'ADR'"), (dict(seeds='x'), '--seeds is like'), (dict(seeds='-1'), "'-1'"),
     (dict(epochs=0), 'at least 1'), (dict(table='front'), 'front is not for the scale'),
-    (dict(table='table2', scale='front'), 'that has front')])
+    (dict(table='table2', scale='front'), 'is one of front')])
 def test_wrong_input(kw, match, tmp_path):
     with pytest.raises(AderError, match=match):
         ader_reproduce(**(dict(table='table2', folder=tmp_path/'a', results=tmp_path/'b') | kw))
