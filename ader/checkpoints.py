@@ -7,8 +7,7 @@ __all__ = ['seed_everything', 'atomic_write', 'remove_temp_files', 'check_folder
            'saved_files', 'save', 'load']
 
 # %% ../nbs/23_checkpoints.ipynb #7a528647
-import hashlib, io, json, os, random, re, tempfile, time, torch
-import numpy as np
+import hashlib, io, json, numpy as np, os, random, re, tempfile, time, torch
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,15 +17,10 @@ from .data import AderError, _import_fastai, rank_and_world
 from .networks import build
 from .speed import unwrap
 _import_fastai()
-from fastai.callback.core import Callback, CancelEpochException
-from fastcore.all import L, patch
+from fastai.basics import Callback, CancelEpochException, L, patch, set_seed
 
 # %% ../nbs/23_checkpoints.ipynb #194740a5
-def seed_everything(seed:int):
-    "Seed Python, NumPy and torch."
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+seed_everything = set_seed # of Python, NumPy and torch; fastai's
 
 # %% ../nbs/23_checkpoints.ipynb #faf80f81
 def _random_sources(dls) -> list[tuple]: # (get, set) of each source of randomness
@@ -54,8 +48,8 @@ def atomic_write(
                 os.fsync(f.fileno())
         for t,p in temp.items(): os.replace(t, p)
     except OSError as e:
-        names, why = ' and '.join(map(str, files)), e.strerror or e
-        raise AderError(f"can't write {names}: {why}; what was there before is unchanged") from None
+        raise AderError(f"can't write {' and '.join(map(str, files))}: {e.strerror or e}; "
+                        'what was there before is unchanged') from None
     finally:
         for t in temp:
             with suppress(OSError): t.unlink()
@@ -95,12 +89,10 @@ def _to_builtin(o): # the same without NumPy's types
     if isinstance(o, tuple): return tuple(map(_to_builtin, o))
     return list(map(_to_builtin, o)) if isinstance(o, (list, L)) else o
 
-def _write_checkpoint(path:Path, d:dict):
-    buf = io.BytesIO()
-    torch.save(_to_builtin(d), buf)
+def _write_checkpoint(path:Path, d:dict): # after its checksum
+    torch.save(_to_builtin(d), buf := io.BytesIO())
     atomic_write(path, hashlib.sha256(buf.getvalue()).digest() + buf.getvalue())
 
-# %% ../nbs/23_checkpoints.ipynb #913d1bfd
 def _read_checkpoint(path:Path, device='cpu') -> dict|None: # None: it is damaged
     data = _read(path)
     if hashlib.sha256(data[32:]).digest() != data[:32]: return None
@@ -113,11 +105,9 @@ class Resume(Callback):
     order = 65 # after the `Recorder` and the progress bar
     def __init__(self,
         path:str|Path, # stem of the checkpoints: 'out/robust' makes out/robust-0001.ckpt and so on
-        every:int=1, # epochs from one checkpoint to the next
         config:dict|None=None # what must be the same to continue, for example the learning rate
     ):
-        if every < 1: raise AderError(f'checkpoints are at least 1 epoch apart, got {every}')
-        self.stem, self.every, self.expected = Path(path), every, config or {}
+        self.stem, self.expected = Path(path), config or {}
 
     def files(self) -> list[Path]:
         "The checkpoints, oldest first."
@@ -174,7 +164,7 @@ def before_fit(self:Resume):
         diff = [f'{k} was {old.get(k)}, now {v}' for k,v in want.items() if old.get(k) != v]
         if not diff: _set_state(self.learn, d)
         self.rows, self.iters, self.seconds = d['rows'], d['iters'], d['seconds']
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except Exception as e:
         raise AderError(f'{self.stem}-*.ckpt do not fit this training ({e}); remove them') from None
     if diff: raise AderError(f'{self.stem}-*.ckpt are of another training ({"; ".join(diff)}); '
                              'finish that one, remove them, or keep these elsewhere')
@@ -194,7 +184,6 @@ def before_epoch(self:Resume):
 def after_epoch(self:Resume):
     n = self.epoch + 1
     if self.learn.lock.locked() or n <= self.done or rank_and_world()[0]: return
-    if n % self.every and n < self.n_epoch: return
     for k,v in unwrap(self.model).named_parameters(): # a last step's damage shows in no loss yet
         if not v.isfinite().all():
             raise AderError(f'{k} is not finite after epoch {n-1}, and that is not kept; try a '
@@ -240,11 +229,10 @@ def save(
     return weights
 
 # %% ../nbs/23_checkpoints.ipynb #fcefee77
-def _build_for(tensors:dict[str,Tensor], config:dict) -> nn.Module: # with fresh weights
-    "`build`, but first on the meta device: a file must not ask for more memory than its weights."
+def _build_for(tensors:dict[str,Tensor], config:dict) -> nn.Module:
     text = json.dumps(config)
     if 'attached_attention' in text or 'robustbench' in text: import ader.teachers # registers them
-    if 'robustbench' not in text:
+    if 'robustbench' not in text: # first without memory: no file may ask for more than it holds
         with torch.device('meta'): build(config).load_state_dict(tensors, assign=True)
     return build(config)
 
@@ -259,7 +247,6 @@ def _from_hub(name:str) -> str: # 'user/name' -> folder
         raise AderError(f'hf://{name} could not be fetched ({why})') from None
 
 def _find_saved(path:str|Path) -> Path: # the common stem of its files
-    "A saved network, by its folder, by one of its files, by their stem, or on the Hub."
     p = Path(_from_hub(path[5:]) if str(path).startswith('hf://') else path)
     named = not p.is_dir() or p.name and all(f.is_file() for f in saved_files(p))
     if named: return saved_files(p)[0].with_suffix('')

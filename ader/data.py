@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['AderError', 'Images', 'as_float', 'check_images', 'check_labels', 'data_facts', 'show_images', 'RandomCrop',
-           'RandomFlip', 'Cutout', 'Batches', 'rank_and_world', 'is_distributed', 'all_reduce_sum', 'all_reduce_mean',
+           'RandomFlip', 'Batches', 'rank_and_world', 'is_distributed', 'all_reduce_sum', 'all_reduce_mean',
            'dataloaders', 'digits', 'image_folder', 'cifar10', 'cifar100', 'load_data']
 
 # %% ../nbs/20_data.ipynb #c9cff5f3
-import copy, math, os, re, sys, torch, warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+import contextlib, copy, importlib, math, numpy as np, os, re, sys, torch, warnings
 from fastcore.basics import patch
-from importlib import import_module
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 # %% ../nbs/20_data.ipynb #45c5b0d6
 class AderError(ValueError):
@@ -39,16 +36,14 @@ class Images:
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return as_float(self.x[i]), self.y[i]
-    @property
-    def loss_func(self): # what a `Learner` uses unless told otherwise
-        from fastai.losses import CrossEntropyLossFlat
-        return CrossEntropyLossFlat()
-
-    def new_empty(self): return self.like(self.x[:0], self.y[:0]) # for `learn.export`
-    def set_split_idx(self, i): return nullcontext(self) # for `learn.tta`
     def __repr__(self):
-        n, K, shape = len(self), len(self.classes), tuple(self.x.shape[1:])
-        return f'{self.name}: {n} images {shape}, {K} classes'
+        shape, K = tuple(self.x.shape[1:]), len(self.classes)
+        return f'{self.name}: {len(self)} images {shape}, {K} classes'
+
+    @property
+    def loss_func(self): return _import_quietly('fastai.losses').CrossEntropyLossFlat()
+    def new_empty(self): return self._like(self.x[:0], self.y[:0]) # for `learn.export`
+    def set_split_idx(self, i): return contextlib.nullcontext(self) # for `learn.tta`
 
 # %% ../nbs/20_data.ipynb #223b6a10
 def as_float(x:Tensor) -> Tensor: # uint8, or float in [0, 1] -> float in [0, 1], same shape
@@ -58,10 +53,10 @@ def as_float(x:Tensor) -> Tensor: # uint8, or float in [0, 1] -> float in [0, 1]
 # %% ../nbs/20_data.ipynb #1fb34848
 def check_images(x:Tensor, lo:float=0., hi:float=1.):
     "Refuse what is not a batch of images (B, C, H, W), uint8 or finite floats in [`lo`, `hi`]."
-    shape, kind = tuple(x.shape), x.dtype
+    shape = tuple(x.shape)
     if len(shape) != 4 or 0 in shape: raise AderError(f'images must be (B, C, H, W), got {shape}')
-    if kind == torch.uint8: return
-    if not x.is_floating_point(): raise AderError(f'images must be uint8 or float, got {kind}')
+    if x.dtype == torch.uint8: return
+    if not x.is_floating_point(): raise AderError(f'images must be uint8 or float, got {x.dtype}')
     mn, mx = (o.item() for o in x.aminmax())
     if not lo <= mn <= mx <= hi: # nor is NaN
         raise AderError(f'images must lie in [{lo:g}, {hi:g}], got [{mn:.4g}, {mx:.4g}]: divide '
@@ -111,7 +106,8 @@ class RandomCrop:
     def __repr__(self): return f'RandomCrop({self.pad})'
     def __call__(self, x:Tensor, rng:torch.Generator|None=None) -> Tensor: # (B, C, H, W), same
         dy, dx = torch.randint(0, 2*self.pad + 1, (2, len(x)), generator=rng, device=x.device)
-        windows = F.pad(x, [self.pad]*4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
+        padded = torch.nn.functional.pad(x, [self.pad]*4)
+        windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
         return windows[torch.arange(len(x), device=x.device), :, dy, dx]
 
 # %% ../nbs/20_data.ipynb #d5584c22
@@ -122,21 +118,6 @@ class RandomFlip:
     def __call__(self, x:Tensor, rng:torch.Generator|None=None) -> Tensor: # (B, C, H, W), same
         flip = torch.rand(len(x), generator=rng, device=x.device) < self.p
         return torch.where(flip[:,None,None,None], x.flip(-1), x)
-
-# %% ../nbs/20_data.ipynb #4d527240
-class Cutout:
-    "Blacken a square of `size` pixels around a random place, another for each image."
-    def __init__(self, size:int=8):
-        if size < 1: raise AderError(f'a square of at least 1 pixel can be cut out, got {size}')
-        self.size = size
-    def __repr__(self): return f'Cutout({self.size})'
-    def __call__(self, x:Tensor, rng:torch.Generator|None=None) -> Tensor: # (B, C, H, W), same
-        def hidden(n): # (B, n) which of n rows (or columns) the square covers
-            first = torch.randint(0, n, (len(x),1), generator=rng, device=x.device) - self.size//2
-            at = torch.arange(n, device=x.device) - first
-            return (at >= 0) & (at < self.size)
-        rows, cols = map(hidden, x.shape[-2:])
-        return x.masked_fill(rows[:,None,:,None] & cols[:,None,None,:], 0)
 
 # %% ../nbs/20_data.ipynb #7eb2b1a9
 class Batches:
@@ -149,7 +130,8 @@ class Batches:
         if not (isinstance(bs, int) and isinstance(seed, int) and bs > 0 <= seed < 2**63):
             raise AderError(f'bs must be a whole number from 1, and seed from 0; got {bs}, {seed}')
         self.dataset, self.bs, self.shuffle, self.drop_last = ds, bs, shuffle, drop_last
-        self.augment, self.seed, self.n, self.classes = list(augment), seed, len(ds), ds.classes
+        self.augment, self.seed, self.n = list(augment), seed, len(ds)
+        self.classes, self.vocab = ds.classes, np.array(ds.classes) # the second for fastai
         self.to(ds.x.device)
 
     def to(self, device):
@@ -178,12 +160,11 @@ class Batches:
 @patch
 def new(self:Batches, dataset=None, **kwargs):
     "The same batches with other settings; or of other `Images`, or what `test_dl` gets, in order."
-    s = dict(shuffle=False) if dataset is not None else {}
-    s |= {k.replace('shuffled', 'shuffle'): v for k,v in kwargs.items()} # `learn.tta` says shuffled
-    old = {k: getattr(self, k) for k in ('bs', 'shuffle', 'drop_last', 'augment', 'seed')}
+    old = vars(self) | dict(shuffle=self.shuffle and dataset is None)
+    old |= {k.replace('shuffled', 'shuffle'): v for k,v in kwargs.items()} # as `learn.tta` says
     ds = self.dataset if dataset is None else dataset
-    ds = ds if isinstance(ds, Images) else self.dataset.from_items(ds)
-    return type(self)(ds, **old | {k: v for k,v in s.items() if k in old})
+    if not isinstance(ds, Images): ds = self.dataset._from_items(ds)
+    return type(self)(ds, *[old[k] for k in ('bs', 'shuffle', 'drop_last', 'augment', 'seed')])
 
 # %% ../nbs/20_data.ipynb #ec076582
 @patch
@@ -194,56 +175,43 @@ def show_batch(self:Batches, n:int=16, **kwargs):
 
 # %% ../nbs/20_data.ipynb #15d37dab
 @patch
-def like(self:Images, x:Tensor, y:Tensor, labelled:bool=True):
-    "Other images with the classes, name and ε of these."
+def _like(self:Images, x:Tensor, y:Tensor, labelled:bool=True): # other images of this data
     out = copy.copy(self)
     out.x, out.y, out.labelled = x, y, labelled
     return out
 
 @patch
-def from_items(self:Images, items:list): # tensors (C, H, W), files, PIL images; or (one, label)
-    "Images of the same shape and kind from a list."
-    labelled, (channels, *size) = isinstance(items[0], tuple), self.x.shape[1:]
+def _from_items(self:Images, items:list): # tensors (C, H, W), files, PIL images; or (one, label)
+    labelled, (C, *size) = isinstance(items[0], tuple), self.x.shape[1:]
     xs, ys = zip(*items) if labelled else (items, [0]*len(items))
-    def read(o):
-        if isinstance(o, Tensor): return as_float(o).cpu()
-        return as_float(torch.tensor(_decode(o, tuple(size), channels)).permute(2,0,1))
-    x = torch.stack([read(o) for o in xs])
+    read = lambda o: o if isinstance(o, Tensor) else torch.tensor(_decode(o, size, C))
+    x = torch.stack([as_float(read(o)).cpu() for o in xs])
     check_images(x)
-    return self.like(x.to(self.x.device), torch.tensor(ys, device=self.x.device), labelled)
+    return self._like(x.to(self.x.device), torch.tensor(ys, device=self.x.device), labelled)
 
 # %% ../nbs/20_data.ipynb #4f97ee32
-@patch(as_prop=True)
-def vocab(self:Batches): # -> fastai `CategoryMap`
-    from fastai.data.transforms import CategoryMap
-    return CategoryMap(self.classes, sort=False)
-
 @patch(as_prop=True)
 def items(self:Batches) -> list[tuple]: return list(zip(self.dataset.x, self.dataset.y.tolist()))
 
 @patch
-def decode_batch(self:Batches, b:tuple, max_n:int=9, full:bool=True) -> list: # of (image, class)
-    from fastai.vision.core import TensorImage
-    from fastai.data.transforms import Category
-    return [(TensorImage(x.cpu()), Category(self.classes[y]))
-            for x,y in zip(b[0][:max_n], b[1][:max_n].tolist())]
+def decode_batch(self:Batches, b:tuple, max_n:int=9, full:bool=True): # -> `L` of (image, class)
+    from fastai.vision.data import Category, L, TensorImage
+    pairs = zip(b[0][:max_n].cpu(), b[1][:max_n].tolist())
+    return L((TensorImage(x), Category(self.classes[y])) for x,y in pairs)
 
 # %% ../nbs/20_data.ipynb #be76d814
 @patch
 def _pre_show_batch(self:Batches, b:tuple, max_n:int=9): # as that of fastai's `TfmdDL`
-    from fastai.torch_core import TensorCategory, TensorImage
-    from fastcore.foundation import L
-    return TensorImage(b[0].cpu()), TensorCategory(b[1].cpu()), L(self.decode_batch(b, max_n))
+    from fastai.vision.data import TensorCategory, TensorImage
+    return TensorImage(b[0].cpu()), TensorCategory(b[1].cpu()), self.decode_batch(b, max_n)
 
 @patch
 def show_results(self:Batches, b:tuple, out:Tensor, max_n:int=9, show:bool=True, **kwargs):
     "Images with their class, and below it the predicted one."
-    from fastcore.foundation import L
     x, y, its = self._pre_show_batch(b, max_n)
-    outs = L(self.decode_batch((b[0], out), max_n)).itemgot(slice(1, None))
+    outs = self.decode_batch((x, out), max_n).itemgot(slice(1, None))
     if not show: return x, y, its, outs
-    titles = [f'{t}\n{p}' for (_,t),(p,) in zip(its, outs)]
-    return show_images(b[0][:max_n], titles, **kwargs)
+    return show_images(b[0][:max_n], [f'{t}\n{p}' for (_,t),(p,) in zip(its, outs)], **kwargs)
 
 # %% ../nbs/20_data.ipynb #397d6437
 @patch(as_prop=True)
@@ -264,10 +232,6 @@ def shared(self:Batches, rank:int, world:int):
     out.rank_slice = rank, world
     return out
 
-# %% ../nbs/20_data.ipynb #8e10eed1
-@patch(as_prop=True)
-def fake_l(self:Batches): raise AderError('processes share batches after: import ader.distributed')
-
 # %% ../nbs/20_data.ipynb #8a598a29
 def rank_and_world() -> tuple[int,int]: # number of this process, and how many train together
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -277,9 +241,7 @@ def is_distributed() -> bool: # whether this process trains together with others
 
 # %% ../nbs/20_data.ipynb #2fccc017
 def all_reduce_sum(t:Tensor) -> Tensor: # the sum over all processes, same shape
-    if not is_distributed(): return t
-    t = t.detach().clone()
-    torch.distributed.all_reduce(t)
+    if is_distributed(): torch.distributed.all_reduce(t := t.detach().clone())
     return t
 
 def all_reduce_mean(t:Tensor) -> Tensor: # the mean over all processes, same shape
@@ -289,7 +251,7 @@ def all_reduce_mean(t:Tensor) -> Tensor: # the mean over all processes, same sha
 def _import_quietly(name:str): # without the warnings about `torch.jit` of torchvision and fastai
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        return import_module(name)
+        return importlib.import_module(name)
 
 def _import_fastai(): return _import_quietly('fastai.basics')
 
@@ -302,12 +264,11 @@ def dataloaders(
     device:str|None=None # default: a GPU if there is one, else the CPU
 ): # -> fastai `DataLoaders` of `Batches`, with `.train`, `.valid` and `.test`
     "fastai `DataLoaders` that hold `sets` on the device."
-    _import_fastai()
-    from fastai.data.core import DataLoaders
     gpu = f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else 'cuda'
     device = torch.device(device or (gpu if torch.cuda.is_available() else 'cpu'))
     train = Batches(sets[0], bs, True, len(sets[0]) > bs, augment, seed)
-    dls = DataLoaders(train, *[Batches(o, val_bs) for o in sets[1:]], device=device)
+    dls = [train, *[Batches(o, val_bs) for o in sets[1:]]]
+    dls = _import_fastai().DataLoaders(*dls, device=device)
     dls.test = dls[-1]
     return dls
 
@@ -319,8 +280,8 @@ def digits(
 ): # -> fastai `DataLoaders`: 1,000 training, 297 validation and 500 test images (1, 8, 8)
     "Scikit-learn's handwritten digits: 8×8 pixels, 10 classes, no download."
     from sklearn.datasets import load_digits
-    d = load_digits()
-    x, y = torch.tensor(d.images/16, dtype=torch.float32)[:,None], torch.tensor(d.target)
+    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    x = (x/16).float().view(-1, 1, 8, 8)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
     sets = [Images(x[i], y[i], '0123456789', 'digits', 0.2) for i in order.split([1000, 297, 500])]
     if augment is None: augment = [RandomCrop(1)]
@@ -331,14 +292,14 @@ _PARTS = dict(train='train', training='train', valid='valid', val='valid', valid
               test='test', testing='test')
 
 # %% ../nbs/20_data.ipynb #f2a55d60
-def _list_images(root:Path, last:bool) -> dict[str,list]: # part -> [(path, class)], in order
-    "Which part and class each file belongs to; the class is its first or its `last` folder."
+def _list_images(root:Path, last:bool) -> dict[str,list]: # part -> [(path, class)], in order;
+    # the class is the first folder in a part, or the last one
     if not root.is_dir() or root == root.parent:
         raise AderError(f'data is digits, cifar10, cifar100, or a folder of images, not {root}')
     tv, out = _import_quietly('torchvision.datasets.folder'), {}
     ext = *tv.IMG_EXTENSIONS, '.gif', '.pbm'
     found = tv.make_dataset(root.parent, {root.name: 0}, ext, allow_empty=True)
-    files = [f[len(str(root))+1:].split(os.sep) for f,_ in found]
+    files = [Path(f).relative_to(root).parts for f,_ in found]
     files = [f for f in files if not any(o.startswith('.') for o in f)]
     tops = {f[0] for f in files if f[0].lower() in _PARTS}
     split = len(tops) > 1 or any(len(f) > 2 and f[0] in tops for f in files)
@@ -351,9 +312,8 @@ def _list_images(root:Path, last:bool) -> dict[str,list]: # part -> [(path, clas
     return out
 
 # %% ../nbs/20_data.ipynb #d4a5bbe5
-def _decode(path, size:tuple[int,int], channels:int): # file or PIL image -> (H, W, C) bytes
+def _decode(path, size, channels:int) -> np.ndarray: # file or PIL image -> (C, H, W) bytes
     "Read an image: upright, on white where it is transparent, scaled and cut to its middle."
-    import numpy as np
     from PIL import Image, ImageOps
     kinds = 'BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP' # for others PIL may start programs
     im = path if isinstance(path, Image.Image) else Image.open(path, formats=kinds)
@@ -364,30 +324,26 @@ def _decode(path, size:tuple[int,int], channels:int): # file or PIL image -> (H,
             raise ValueError(f'pixels must be 8 or 16 bits; these are {a.min():g} to {a.max():g}')
         im = Image.fromarray((a >> 8).astype(np.uint8))
     if im.has_transparency_data:
-        im = im.convert('RGBA')
-        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-    im = im.convert('RGB' if channels == 3 else 'L')
+        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
+    im, size = im.convert('RGB' if channels == 3 else 'L'), tuple(size)
     if im.size != size[::-1]: im = ImageOps.fit(im, size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(im).reshape(*size, channels)
+    return np.asarray(im).reshape(*size, channels).transpose(2,0,1)
 
 # %% ../nbs/20_data.ipynb #aee8b308
-def _decode_all(root:Path, files:list[str], size:tuple[int,int], channels:int): # -> (N, C, H, W)
-    "Read images by several threads; one `AderError` names those that can't be read."
+def _decode_all(root:Path, files:list[str], size, channels:int) -> Tensor: # (N, C, H, W) bytes
     from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
-    n, broken, out = len(files), [], torch.empty(len(files), *size, channels, dtype=torch.uint8)
-    pixels, bar = out.numpy(), len(files) > 2000 and (IN_NOTEBOOK or sys.stdout.isatty())
-    def some(i): # 64 images, one after the other: threads that switch seldom are faster
-        for j in range(i, min(i+64, n)):
-            try: pixels[j] = _decode(root/files[j], size, channels)
-            except Exception as e: broken.append(f'{files[j]} ({str(e)[-80:]})')
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    def read(f):
+        try: return _decode(root/f, size, channels)
+        except Exception as e: return f'{f} ({str(e)[-80:]})'
+    n, bar = len(files), len(files) > 2000 and (IN_NOTEBOOK or sys.stdout.isatty())
+    with warnings.catch_warnings(), ThreadPool() as pool:
         warnings.simplefilter('ignore') # of PIL, about odd files that it can read
-        done = pool.map(some, range(0, n, 64))
-        for _ in progress_bar(done, total=math.ceil(n/64), leave=False) if bar else done: pass
-    if broken:
+        done = pool.imap(read, files, 64) # threads that switch seldom are faster
+        out = list(progress_bar(done, total=n, leave=False) if bar else done)
+    if broken := sorted(o for o in out if isinstance(o, str)):
         raise AderError(f'{len(broken)} of {n} images in {root} cannot be read; mend or remove '
-                        f'them: {"; ".join(sorted(broken)[:5])}')
-    return out.permute(0,3,1,2).contiguous()
+                        f'them: {"; ".join(broken[:5])}')
+    return torch.from_numpy(np.stack(out))
 
 # %% ../nbs/20_data.ipynb #c39373e4
 def _read_folder(path, size, channels, last=False) -> tuple[dict,list[str],bool]:
@@ -396,10 +352,10 @@ def _read_folder(path, size, channels, last=False) -> tuple[dict,list[str],bool]
     if [type(o) is int and o > 0 for o in size] != [True, True] or channels not in (1, 3):
         raise AderError(f'give height, width in pixels and 1 or 3 channels, not {size}, {channels}')
     files = _list_images(root := Path(path).expanduser().resolve(), last)
-    names = {part: {c for _,c in fs} for part,fs in files.items()}
-    classes = sorted(names.get('train', ()))
-    if odd := sorted(set().union(*[o ^ {*classes} for o in names.values()]))[:5]:
-        raise AderError(f'each part of {root} must have the same classes, not so: {", ".join(odd)}')
+    classes = sorted({c for _,c in files.get('train', ())})
+    odd = {c for fs in files.values() for c in {o for _,o in fs} ^ {*classes}}
+    if odd: raise AderError(f'each part of {root} must have the same classes, not so: '
+                            f'{", ".join(sorted(odd)[:5])}')
     if len(classes) < 2: raise AderError(f'{root} must hold two or more classes, a folder for each')
     parts = {part: (_decode_all(root, [f for f,_ in fs], size, channels),
                     torch.tensor([classes.index(c) for _,c in fs])) for part,fs in files.items()}
@@ -407,25 +363,20 @@ def _read_folder(path, size, channels, last=False) -> tuple[dict,list[str],bool]
     return parts, classes, jpeg
 
 # %% ../nbs/20_data.ipynb #48b6dc0e
-def _split_off(
-    y:Tensor, # (N,) labels
-    part:float, # a share below 1, or a number of images (about, as each class gives its share)
-    seed:int=42 # of the choice
-) -> tuple[Tensor,Tensor]: # indices of the rest and of the part, each in order
-    "Choose `part` of the images, the same share of each class and at least one."
-    share, rest, out = part if part < 1 else part/len(y), [], []
+def _split_off(y:Tensor, part:float, seed:int=42) -> tuple[Tensor,Tensor]: # indices: rest, part
+    "Choose `part` of the images (a share, or about a number): the same share of each class."
+    share = part if part < 1 else part/len(y)
     if not 0 < share < 1: raise AderError(f'cannot split {part} off {len(y)} images; give a share')
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    for i in order[y[order].argsort(stable=True)].split(y.bincount().tolist()): # of each class
-        if len(i) < 2: raise AderError('a class with one image cannot be split; give it more')
-        n = min(max(round(share*len(i)), 1), len(i)-1)
-        out.append(i[:n])
-        rest.append(i[n:])
-    return torch.cat(rest).sort().values, torch.cat(out).sort().values
+    groups = order[y[order].argsort(stable=True)].split(y.bincount().tolist()) # of each class
+    if min(map(len, groups)) < 2:
+        raise AderError('a class with one image cannot be split; give it more')
+    cuts = [min(max(round(share*len(i)), 1), len(i)-1) for i in groups]
+    pairs = [(i[n:], i[:n]) for i,n in zip(groups, cuts)]
+    return tuple(torch.cat(o).sort().values for o in zip(*pairs))
 
 # %% ../nbs/20_data.ipynb #524c9fb3
 def _loaders(parts, classes, name, eps, augment, shares:dict, split_seed=42, **kwargs):
-    "`DataLoaders` of parts; those of `shares` that are missing are split off the training images."
     for k,share in shares.items():
         if k in parts: continue
         x, y = parts['train']
@@ -452,8 +403,7 @@ def image_folder(
     return _loaders(parts, classes, name, eps, augment, shares, split_seed, **kwargs)
 
 # %% ../nbs/20_data.ipynb #3a7fc834
-def _read_cifar(K:int, path) -> tuple[dict,list[str],str]:
-    "Part -> (images, labels); names of the `K` classes; name of the data."
+def _read_cifar(K:int, path) -> tuple[dict,list[str],str]: # parts, classes, name
     name, cifar = f'CIFAR-{K}', getattr(_import_quietly('torchvision.datasets'), f'CIFAR{K}')
     root = Path(path or Path(os.environ.get('FASTAI_HOME', '~/.fastai'))/'data').expanduser()
     for p in (root, root/f'cifar{K}'):
@@ -467,8 +417,8 @@ def _read_cifar(K:int, path) -> tuple[dict,list[str],str]:
     except Exception as e:
         raise AderError(f'{name} is not in {root}, its download failed ({e}); unpack {cifar.url} '
                         f'there, or images as cifar{K}/train/<class>/ and cifar{K}/test/<class>/')
-    pixels = {k: torch.tensor(o.data).permute(0,3,1,2).contiguous() for k,o in sets.items()}
-    parts = {k: (pixels[k], torch.tensor(o.targets)) for k,o in sets.items()}
+    parts = {k: (torch.tensor(o.data).permute(0,3,1,2).contiguous(), torch.tensor(o.targets))
+             for k,o in sets.items()}
     return parts, sets['train'].classes, name
 
 # %% ../nbs/20_data.ipynb #66a53148
@@ -490,13 +440,13 @@ def cifar100(path=None, valid:int=1000, augment=None, **kwargs): # all as of `ci
 def load_data(
     name:str|Path, # 'digits', 'cifar10', 'cifar100', or a folder of images
     bs:int|None=None, seed:int=0, device:str|None=None, # as of `dataloaders`
-    size:int|tuple[int,int]|None=None, channels:int|None=None, # as of `image_folder`
-    valid:int|None=None # as of `cifar10`
+    **kwargs # of that source, such as size, channels, valid; those that are None are left out
 ): # -> fastai `DataLoaders`
     "The loaders for a name or a folder."
     known = dict(digits=digits, cifar10=cifar10, cifar100=cifar100)
-    given = dict(bs=bs, size=size, channels=channels, valid=valid)
-    given = {k: v for k,v in given.items() if v is not None}
-    if str(name) not in known: return image_folder(name, seed=seed, device=device, **given)
-    if size or channels: raise AderError(f'size and channels are for folders, not for {name}')
-    return known[str(name)](seed=seed, device=device, **given)
+    kwargs = dict(kwargs, bs=bs, seed=seed, device=device)
+    kwargs = {k: v for k,v in kwargs.items() if v is not None}
+    if str(name) not in known: return image_folder(name, **kwargs)
+    if kwargs.keys() & {'size', 'channels'}:
+        raise AderError(f'size and channels are for folders, not for {name}')
+    return known[str(name)](**kwargs)

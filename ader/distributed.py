@@ -7,6 +7,7 @@ __all__ = ['shutdown', 'distributed']
 
 # %% ../nbs/25_distributed.ipynb #bcd98b3c
 import atexit, gc, torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from .data import AderError, Batches, _import_fastai, is_distributed, rank_and_world
@@ -14,17 +15,13 @@ from .speed import unwrap
 _import_fastai()
 try: from fastai.distributed import *
 except (ImportError, NameError): # the second is what fastai raises without Accelerate
-    raise AderError('training in several processes needs Accelerate; install it by: '
-                    "pip install 'ader-distill[accelerate]'") from None
-from fastcore.basics import patch
+    raise AderError("install Accelerate by: pip install 'ader-distill[accelerate]'") from None
 
 # %% ../nbs/25_distributed.ipynb #b1784f1b
-class _SyncNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
-    "Batch norm with the statistics of all processes, on GPUs; foldable, since a `BatchNorm2d`."
+class _SyncNorm(nn.SyncBatchNorm, nn.BatchNorm2d): pass # on GPUs; foldable, as it is a BatchNorm2d
 
 # %% ../nbs/25_distributed.ipynb #3862b1ba
 class _SyncNormCPU(nn.BatchNorm2d):
-    "Batch norm with the statistics of all processes, on CPUs."
     def _check_input_dim(self, x): pass
     def forward(self, x:Tensor) -> Tensor: # (B, N, ...), same shape
         if not self.training: return super().forward(x)
@@ -50,19 +47,18 @@ def shutdown():
 # %% ../nbs/25_distributed.ipynb #09e3c01a
 @patch
 def before_fit(self:DistributedTrainer):
+    (rank, world), kinds = rank_and_world(), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     atexit.unregister(shutdown) # after an error here the others may never answer
-    if rank_and_world()[1] > 1 and not is_distributed():
+    if world > 1 and not is_distributed():
         raise AderError('the processes did not find each other; on CPUs use distrib_ctx(cpu=True)')
-    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
     self.norms = {m: type(m) for m in self.model.modules() if self.sync_bn and type(m) in kinds}
     for m in self.norms:
         m.__class__ = _SyncNormCPU if self.accelerator.device.type == 'cpu' else _SyncNorm
         m.process_group = None
     model = self.model.to(memory_format=torch.channels_last) # as in `Method`; later is too late
-    self.learn.model = self.accelerator.prepare(model)
-    self.old_dls = [*self.dls]
+    self.learn.model, self.old_dls = self.accelerator.prepare(model), [*self.dls]
     self.learn.dls.loaders = [self._wrap_dl(dl) for dl in self.dls]
-    if rank_and_world()[0]: self.learn.logger = lambda *args: None
+    if rank: self.learn.logger = lambda *args: None
 
 # %% ../nbs/25_distributed.ipynb #42165a5a
 @patch

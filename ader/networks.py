@@ -4,31 +4,30 @@
 
 # %% auto #0
 __all__ = ['archs', 'Normalize', 'Net', 'build', 'small_resnet', 'resnet56', 'resnet18', 'wide_resnet', 'wrn_22_6', 'wrn_34_10',
-           'wrn_70_16', 'mobilenet_v2', 'count_params', 'multiply_adds', 'net_from_text', 'read_weights',
-           'load_published']
+           'wrn_70_16', 'mobilenet_v2', 'count_params', 'multiply_adds', 'net_from_text', 'load_published']
 
 # %% ../nbs/21_networks.ipynb #04f05bf7
 import ast, inspect, math, pkgutil, re, torch
-from collections.abc import Mapping
 from fastcore.basics import patch
 from functools import partial, wraps
 from pathlib import Path
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from .data import AderError, _import_quietly, as_float
 _tv = _import_quietly('torchvision.models')
 
 # %% ../nbs/21_networks.ipynb #b72da15d
 class Normalize(nn.Module):
-    "Subtract `mean` and divide by `std`: one number each, or one for each channel."
-    def __init__(self, mean:float|list[float], std:float|list[float]):
+    "Subtract `mean` and divide by `std`: one number each, or one for each of `n` channels."
+    def __init__(self, mean:float|list[float], std:float|list[float], n:int|None=None):
         super().__init__()
         positive = torch.as_tensor(std, device='cpu') > 0
         if not positive.all(): raise AderError(f'std must be above 0, got {std}')
         for k,v in dict(mean=mean, std=std).items():
-            self.register_buffer(k, torch.as_tensor(v, dtype=torch.float32).view(-1,1,1))
+            v = torch.as_tensor(v, dtype=torch.float32).view(-1,1,1)
+            if n and len(v) not in (1, n):
+                raise AderError(f'{k} must be one number or {n}, got {len(v)}')
+            self.register_buffer(k, v)
 
     def forward(self, x:Tensor) -> Tensor: return (x - self.mean)/self.std # (B, C, H, W), same
 
@@ -45,7 +44,7 @@ class Net(nn.Module):
     ):
         super().__init__()
         self.widths, self.in_channels, self.classes = list(widths), in_channels, classes
-        self.set_normalize(mean, std)
+        self.normalize = Normalize(mean, std, in_channels)
         self.stem, self.stages, self.head = stem, nn.Sequential(*stages), head
         convs = [[m for m in s.modules() if isinstance(m, nn.Conv2d)] for s in (stem, *stages)]
         self.min_size = math.prod(max((m.stride[0] for m in c), default=1) for c in convs)
@@ -57,15 +56,6 @@ class Net(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: # (B, C, H, W) in [0, 1] -> (B, `classes`) logits
         return self.head(self.stages[-1](self.before_last(x)))
-
-# %% ../nbs/21_networks.ipynb #cd763b15
-@patch
-def set_normalize(self:Net, mean:float|list[float], std:float|list[float]):
-    "Normalise by these numbers from now on."
-    normalize, n = Normalize(mean, std), self.in_channels
-    for k,v in normalize.named_buffers():
-        if len(v) not in (1, n): raise AderError(f'{k} must be one number or {n}, got {len(v)}')
-    self.normalize = normalize
 
 # %% ../nbs/21_networks.ipynb #88c8e82b
 @patch
@@ -80,10 +70,8 @@ def check(self:Net, x:Tensor):
 
 # %% ../nbs/21_networks.ipynb #c9d6a434
 archs = {} # constructors by name
-_SIZES = 'in_channels', 'classes', 'width', 'depth', 'widen', 'blocks', 'stages', 'stem_stride'
 
-def _check_sizes(**sizes):
-    "Whole numbers, none larger than in any network: they may come from a file of unknown origin."
+def _check_sizes(**sizes): # they may come from a file of unknown origin
     for k,v in sizes.items():
         most = 1000 if k in ('depth', 'blocks', 'stages') else 100_000
         if type(v) is not int or not 1 <= v <= most:
@@ -96,7 +84,8 @@ def _register(f):
     def make(*args, **kwargs):
         bound = inspect.signature(f).bind(*args, **kwargs)
         bound.apply_defaults()
-        _check_sizes(**{k: v for k,v in bound.arguments.items() if k in _SIZES})
+        whole = [k for k,p in bound.signature.parameters.items() if p.annotation is int]
+        _check_sizes(**{k: bound.arguments[k] for k in whole})
         net = f(*args, **kwargs)
         net.config = {'arch': f.__name__, **bound.arguments}
         return net
@@ -108,12 +97,13 @@ def build(
     config:dict # 'arch' and the arguments of that constructor, as in `net.config`
 ) -> nn.Module: # with fresh weights
     "Build the network that `config` describes."
-    name, args = config.get('arch'), {k: v for k,v in config.items() if k != 'arch'}
-    elsewhere = str(name).startswith(('torchvision/', 'timm/'))
-    if not isinstance(name, str) or not (elsewhere or name in archs):
+    name, args = str(config.get('arch')), {k: v for k,v in config.items() if k != 'arch'}
+    elsewhere = name.startswith(('torchvision/', 'timm/'))
+    make = partial(_elsewhere, name) if elsewhere else archs.get(name)
+    if not make:
         raise AderError(f'no network is called {name!r}; there are {", ".join(sorted(archs))}, and '
                         'those of others as torchvision/resnet18 or timm/resnet18')
-    try: return (partial(_elsewhere, name) if elsewhere else archs[name])(**args)
+    try: return make(**args)
     except AderError: raise
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise AderError(f'these are not the arguments of {name}: {args} ({e})') from None
@@ -135,16 +125,15 @@ def _elsewhere(arch:str, in_channels:int=3, classes:int=10, mean=0., std=1., **k
 def _conv_bn(i:int, o:int, size:int=3, stride:int=1, groups:int=1) -> list[nn.Module]:
     return [nn.Conv2d(i, o, size, stride, size//2, groups=groups, bias=False), nn.BatchNorm2d(o)]
 
-def _stage(block, i:int, o:int, n:int, stride:int) -> nn.Sequential:
-    "`n` blocks; the first one changes width and size."
-    return nn.Sequential(block(i, o, stride), *[block(o, o, 1) for _ in range(n-1)])
+def _stages(block, ins, widths, n:int, strides) -> list[nn.Module]: # of `n` blocks each
+    return [nn.Sequential(block(i, o, s), *[block(o, o, 1) for _ in range(n-1)])
+            for i,o,s in zip(ins, widths, strides)]
 
 def _pool_head(width:int, classes:int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
 
 # %% ../nbs/21_networks.ipynb #42c847f7
-def _init_weights(net:nn.Module) -> nn.Module:
-    "He initialisation of the convolutions (fan-out), as in torchvision."
+def _init_weights(net:nn.Module) -> nn.Module: # convolutions as of He (fan-out), as in torchvision
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, 0, 'fan_out', 'relu')
     return net
@@ -159,8 +148,8 @@ def _basic_block(i:int, o:int, stride:int) -> nn.Module:
 # %% ../nbs/21_networks.ipynb #81a444d7
 def _resnet(widths, n, in_channels, classes, mean, std, stem_stride=1) -> Net:
     stem = nn.Sequential(*_conv_bn(in_channels, widths[0], 3, stem_stride), nn.ReLU(inplace=True))
-    ins, strides = [widths[0], *widths], [1] + [2]*(len(widths)-1)
-    stages = [_stage(_basic_block, i, o, n, s) for i,o,s in zip(ins, widths, strides)]
+    strides = [1] + [2]*(len(widths)-1)
+    stages = _stages(_basic_block, [widths[0], *widths], widths, n, strides)
     head = nn.Sequential(*_pool_head(widths[-1], classes))
     return _init_weights(Net(stem, stages, head, widths, in_channels, classes, mean, std))
 
@@ -199,7 +188,7 @@ def resnet18(in_channels:int=3, classes:int=10, mean=_MEAN, std=_STD) -> Net: # 
 # %% ../nbs/21_networks.ipynb #7e807605
 class _EndConv(nn.Conv2d):
     "3×3 convolution of stride 2 that pads as TensorFlow does: sides of even length at their end."
-    def forward(self, x): return super().forward(F.pad(x, (x.shape[3]%2, 1, x.shape[2]%2, 1)))
+    def forward(self, x): return super().forward(nn.functional.pad(x, (x.shape[3]%2, 1, x.shape[2]%2, 1)))
 
 # %% ../nbs/21_networks.ipynb #0b5c0103
 class _WideBlock(nn.Module):
@@ -234,8 +223,7 @@ def wide_resnet(
     if variant not in ('trades', 'deepmind'):
         raise AderError(f"variant must be 'trades' or 'deepmind', got {variant!r}")
     widths, block = [16*widen, 32*widen, 64*widen], partial(_WideBlock, variant=variant)
-    ins, n = [16, *widths], (depth-4)//6
-    stages = [_stage(block, i, o, n, s) for i,o,s in zip(ins, widths, [1, 2, 2])]
+    stages = _stages(block, [16, *widths], widths, (depth-4)//6, [1, 2, 2])
     act = nn.SiLU(inplace=True) if variant == 'deepmind' else nn.ReLU(inplace=True)
     head = nn.Sequential(nn.BatchNorm2d(widths[-1]), act, *_pool_head(widths[-1], classes))
     stem = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
@@ -247,63 +235,34 @@ def wrn_22_6(in_channels:int=3, classes:int=10, variant='trades', mean=_MEAN, st
     "WRN-22-6, the clean teacher on CIFAR-100; see `wide_resnet`."
     return wide_resnet(22, 6, in_channels, classes, variant, mean, std)
 
-# %% ../nbs/21_networks.ipynb #254ec686
 @_register
 def wrn_34_10(in_channels:int=3, classes:int=10, variant='trades', mean=_MEAN, std=_STD) -> Net:
     "WRN-34-10, the adversarial teacher on CIFAR-10; see `wide_resnet`."
     return wide_resnet(34, 10, in_channels, classes, variant, mean, std)
 
-# %% ../nbs/21_networks.ipynb #7d7ee69a
 @_register
 def wrn_70_16(in_channels:int=3, classes:int=10, variant='trades', mean=_MEAN, std=_STD) -> Net:
     "WRN-70-16, the adversarial teacher on CIFAR-100: a gigabyte of weights; see `wide_resnet`."
     return wide_resnet(70, 16, in_channels, classes, variant, mean, std)
-
-# %% ../nbs/21_networks.ipynb #4ac1fdb0
-class _MobileBlock(nn.Module):
-    "1×1 up, 3×3 within each channel, 1×1 down, and a shortcut wherever the resolution stays."
-    def __init__(self, i:int, o:int, stride:int, expansion:int):
-        super().__init__()
-        w, self.shortcut = i*expansion, None
-        self.conv1, self.bn1 = _conv_bn(i, w, 1)
-        self.conv2, self.bn2 = _conv_bn(w, w, 3, stride, groups=w)
-        self.conv3, self.bn3 = _conv_bn(w, o, 1)
-        if stride == 1: self.shortcut = nn.Sequential(*_conv_bn(i, o, 1) if i != o else [])
-
-    def forward(self, x):
-        r = F.relu(self.bn1(self.conv1(x)))
-        r = F.relu(self.bn2(self.conv2(r)))
-        r = self.bn3(self.conv3(r))
-        return r if self.shortcut is None else r + self.shortcut(x)
-
-# %% ../nbs/21_networks.ipynb #ab2da4e7
-_MOBILE = [(1,16,1,1), (6,24,2,1), (6,32,3,2), (6,64,4,2), (6,96,3,1), (6,160,3,2), (6,320,1,1)]
 
 # %% ../nbs/21_networks.ipynb #d24ae67f
 @_register
 def mobilenet_v2(
     in_channels:int=3, classes:int=10, # channels of an image, number of classes
     width_mult:float=1., # multiplies the channels of every layer
-    mean:float|list[float]=_MEAN, std:float|list[float]=_STD, # of the pixels
-    variant:str='torchvision' # 'torchvision', or 'pytorch-cifar': more shortcuts, ReLU
+    mean:float|list[float]=_MEAN, std:float|list[float]=_STD # of the pixels
 ) -> Net:
     "MobileNet-V2 (Sandler et al. 2018) for images of about 32×32."
-    if variant not in ('torchvision', 'pytorch-cifar'):
-        raise AderError(f"variant must be 'torchvision' or 'pytorch-cifar', got {variant!r}")
     if not width_mult > 0: raise AderError(f'width_mult must be above 0, got {width_mult}')
-    theirs = _tv.mobilenetv2.MobileNetV2(classes, width_mult, _MOBILE, dropout=0.)
+    rows = [(1,16,1,1), (6,24,2,1), (6,32,3,2), (6,64,4,2), (6,96,3,1), (6,160,3,2), (6,320,1,1)]
+    theirs = _tv.mobilenetv2.MobileNetV2(classes, width_mult, rows, dropout=0.)
     stem, *blocks, last = theirs.features
     stem[0] = nn.Conv2d(in_channels, stem[0].out_channels, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(stem[0].weight, mode='fan_out')
-    it = iter(blocks)
-    stages = [nn.Sequential(*[next(it) for _ in range(n)]) for _,_,n,_ in _MOBILE]
-    widths = [s[-1].out_channels for s in stages]
-    if variant == 'pytorch-cifar':
-        stem[2] = last[2] = nn.ReLU(inplace=True)
-        sizes = zip(_MOBILE, [stem[0].out_channels, *widths], widths)
-        stages = [_stage(partial(_MobileBlock, expansion=e), i, o, n, s) for (e,_,n,s),i,o in sizes]
-        _init_weights(nn.ModuleList(stages))
+    blocks = iter(blocks)
+    stages = [nn.Sequential(*[next(blocks) for _ in range(n)]) for _,_,n,_ in rows]
     head = nn.Sequential(last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), theirs.classifier[-1])
+    widths = [s[-1].out_channels for s in stages]
     return Net(stem, stages, head, widths, in_channels, classes, mean, std)
 
 # %% ../nbs/21_networks.ipynb #52103e79
@@ -320,7 +279,8 @@ def multiply_adds(
     image = (net.in_channels, size, size) if isinstance(size, int) else size
     x = torch.empty(2, *image, device='meta') # two, because batch norm refuses to train on one
     ghosts = {k: v.to('meta') for k,v in (*net.named_parameters(), *net.named_buffers())}
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): functional_call(net, ghosts, x)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(net, ghosts, x)
     return counter.get_total_flops()//4 # two images; a multiply-add counts as two operations
 
 # %% ../nbs/21_networks.ipynb #54a877c3
@@ -341,10 +301,7 @@ def net_from_text(
     return build(dict(arch=name, in_channels=ds.x.shape[1], classes=len(ds.classes)) | norm | args)
 
 # %% ../nbs/21_networks.ipynb #6697e216
-def read_weights(
-    path:str|Path # a .safetensors file, or one that `torch.save` wrote
-): # -> what the file holds, usually a `dict`
-    "Read weights from a file, on the CPU, without running any code from it."
+def _read_weights(path:str|Path) -> dict: # without running any code from the file
     path = Path(path)
     if not path.is_file(): raise AderError(f'there is no file {path}')
     try:
@@ -357,51 +314,38 @@ def read_weights(
                         'read it yourself and give the state dict') from None
 
 # %% ../nbs/21_networks.ipynb #91341d07
-def _find_state(d:dict) -> dict: # names without the prefixes of wrappers, and tensors
-    "The state dict in a checkpoint."
-    if not isinstance(d, Mapping): raise AderError(f'this is no state dict: {type(d).__name__}')
+def _find_state(d:dict) -> dict: # names without the prefixes of wrappers -> tensors
+    if not isinstance(d, dict): raise AderError(f'this is no state dict: {type(d).__name__}')
     keys = 'state_dict', 'state_dict_ema', 'model_state_dict', 'net', 'model', 'rmodel'
-    inside = [k for k in keys if isinstance(d.get(k), Mapping)]
+    inside = [k for k in keys if isinstance(d.get(k), dict)]
     if len(inside) > 1: raise AderError(f'{", ".join(inside)} are several state dicts; give one')
     if inside: return _find_state(d[inside[0]])
+    d = {str(k): v for k,v in d.items() if 'attacker.' not in str(k)} # robustness holds all twice
     other = ', '.join(f'{k} is not a tensor' for k,v in d.items() if not isinstance(v, Tensor))
     if other or not d: raise AderError(f'this is not a state dict: {other or "it is empty"}')
-    d = {k: v for k,v in d.items() if 'attacker.' not in k} # the robustness library holds all twice
-    state = {re.sub(r'^((module|model|net|_orig_mod)\.)+', '', str(k)): v for k,v in d.items()}
+    state = {re.sub(r'^((module|model|net|_orig_mod)\.)+', '', k): v for k,v in d.items()}
     if len(state) < len(d): raise AderError('different prefixes name several networks; give one')
     return state
 
-# %% ../nbs/21_networks.ipynb #86049846
+# %% ../nbs/21_networks.ipynb #658de9e4
 def _layer(m): return f'stages.{int(m[1])-1}.' # layer1. -> stages.0.
 
-def _nth_block(first): # number of a block, counted from `first` -> its place in our stages
-    places = [f'stages.{i}.{j}.' for i,(_,_,n,_) in enumerate(_MOBILE) for j in range(n)]
-    return lambda m: dict(enumerate(places, first)).get(int(m[1]), m[0])
-
-# %% ../nbs/21_networks.ipynb #658de9e4
 _LAYOUTS = { # name: (how to know it, variant that computes the same, substitutions)
     'ader': (r'stem\.', None, {}),
     'ResNet': (r'layer1\.', None, {r'^conv1\.': 'stem.0.', r'^bn1\.': 'stem.1.',
         r'^layer(\d+)\.': _layer, r'\.shortcut\.': '.downsample.', r'^(linear|fc)\.': 'head.2.'}),
-    'MobileNet-V2 of pytorch-cifar': (r'layers\.', 'pytorch-cifar', {r'^conv1\.': 'stem.0.',
-        r'^bn1\.': 'stem.1.', r'^layers\.(\d+)\.': _nth_block(0), r'^conv2\.': 'head.0.0.',
-        r'^bn2\.': 'head.0.1.', r'^linear\.': 'head.3.'}),
-    'MobileNet-V2 of torchvision': (r'features\.', 'torchvision', {r'^features\.0\.': 'stem.',
-        r'^features\.18\.': 'head.0.', r'^features\.(\d+)\.': _nth_block(1),
-        r'^classifier\.1\.': 'head.3.'}),
     'WRN of TRADES': (r'block1\.', 'trades', {r'^block(\d+)\.layer\.': _layer, r'^conv1\.': 'stem.',
         r'\.convShortcut\.': '.shortcut.', r'^bn1\.': 'head.0.', r'^fc\.': 'head.4.'}),
     'WRN of DeepMind': (r'init_conv\.', 'deepmind', {r'^init_conv\.': 'stem.',
         r'^layer\.(\d+)\.block\.': r'stages.\1.', r'\.batchnorm_0\.': '.bn1.',
         r'\.batchnorm_1\.': '.bn2.', r'\.conv_0\.': '.conv1.', r'\.conv_1\.': '.conv2.',
-        r'^batchnorm\.': 'head.0.', r'^logits\.': 'head.4.'})}
+        r'^batchnorm\.': 'head.0.', r'^logits\.': 'head.4.'}),
+    None: ('', None, {})}
 
 # %% ../nbs/21_networks.ipynb #309d3d94
 def _our_names(state:dict) -> tuple[str|None,dict]: # the layout; our name -> the published one
-    "Know the layout of a state dict, and translate its names."
-    known = lambda sign: any(re.match(sign, n) for n in state)
-    layout = next((k for k,(sign,*_) in _LAYOUTS.items() if known(sign)), None)
-    rules = (_LAYOUTS[layout][2] if layout else {}) | {
+    layout = next(k for k,(sign,*_) in _LAYOUTS.items() if any(re.match(sign, n) for n in state))
+    rules = _LAYOUTS[layout][2] | {
         r'^(normali[sz]er?\.)?(new_)?(mean|mu)$': 'normalize.mean',
         r'^(normali[sz]er?\.)?(new_)?(std|sigma)$': 'normalize.std'}
     names = {}
@@ -414,15 +358,14 @@ def _our_names(state:dict) -> tuple[str|None,dict]: # the layout; our name -> th
 
 # %% ../nbs/21_networks.ipynb #792e2111
 def _differences(net:Net, state:dict, names:dict, needs:str|None) -> str: # empty if all fits
-    "What keeps `state` from being the weights of `net`."
     optional = lambda k: k.startswith('normalize.') or k.endswith('.num_batches_tracked')
     ours = {k: tuple(v.shape) for k,v in net.state_dict().items() if not optional(k)}
     theirs = {k: tuple(state[n].shape) for k,n in names.items() if not optional(k)}
     has = getattr(net, 'config', {}).get('variant', needs)
     wrong = [f"variant={needs!r} is needed, not {has!r}"] if needs and has != needs else []
-    return '; '.join(wrong + [f'{names.get(k, k)} is {theirs.get(k, "missing")}, not {v}'
-                              for k,v in ours.items() if theirs.get(k) != v]
-                     + [f'{names[k]} is unknown' for k in theirs if k not in ours])
+    wrong += [f'{names.get(k, k)} is {theirs.get(k, "missing")}, not {v}'
+              for k,v in ours.items() if theirs.get(k) != v]
+    return '; '.join(wrong + [f'{names[k]} is unknown' for k in theirs if k not in ours])
 
 # %% ../nbs/21_networks.ipynb #97df77d7
 def load_published(
@@ -434,9 +377,9 @@ def load_published(
     "Fill `net` with weights published elsewhere: all of them, or none and an `AderError`."
     kind = type(net).__name__
     if not isinstance(net, Net): raise AderError(f'give a Net without attention, not a {kind}')
-    state = _find_state(read_weights(weights) if isinstance(weights, (str, Path)) else weights)
+    state = _find_state(_read_weights(weights) if isinstance(weights, (str, Path)) else weights)
     layout, names = _our_names(state)
-    if diff := _differences(net, state, names, layout and _LAYOUTS[layout][1]):
+    if diff := _differences(net, state, names, _LAYOUTS[layout][1]):
         raise AderError(f'these weights (layout: {layout}) do not fit, nothing was loaded: {diff}')
     new, norm = {k: state[n] for k,n in names.items()}, dict(mean=mean, std=std)
     for k,given in norm.items():
@@ -446,9 +389,8 @@ def load_published(
                             '(mean=0 and std=1 for pixels in [0, 1] as they are)')
         if held is None: continue
         if given is not None: raise AderError(f'these weights come with their own {k}')
-        norm[k] = held.flatten().tolist() if held.numel() > 1 else held.item()
-    net.set_normalize(**norm)
-    net.normalize.to(next(net.parameters()))
+        norm[k] = held.squeeze().tolist()
+    net.normalize = Normalize(**norm, n=net.in_channels).to(next(net.parameters()))
     net.load_state_dict({**net.state_dict(), **new})
     if hasattr(net, 'config'): net.config = {**net.config, **norm}
     return net

@@ -33,7 +33,7 @@ CONSTRUCTORS = { # name -> (function of the drawn numbers and words, how many of
     'AdaptiveWeight': (weighting.AdaptiveWeight, 'nn'), 'ConstantWeight': (weighting.ConstantWeight, 'n'), 'AnnealedWeight': (weighting.AnnealedWeight, 'nn'),
     'AttentionBlock': (attention.AttentionBlock, 'sss'), 'attend': (lambda n: attention.add_attention(networks.small_resnet(width=2), n), 's'), 'InputAdapter': (lambda c, s, m, d: attention.InputAdapter(Net(), c, s, m, d), 'ssnn'),
     'AttachedAttention': (lambda w: teachers.AttachedAttention(networks.small_resnet(width=2), w), 'w'),
-    'Resume': (checkpoints.Resume, 'wn'), 'teacher_loss': (lambda *a: losses.teacher_loss(some, some, *a), 'nnwwnw'), 'soft_kl': (lambda t, d: losses.soft_kl(some.logits, some.logits, t, d), 'nw'),
+    'Resume': (checkpoints.Resume, 'w'), 'teacher_loss': (lambda *a: losses.teacher_loss(some, some, *a), 'nnwwnw'), 'soft_kl': (lambda t, d: losses.soft_kl(some.logits, some.logits, t, d), 'nw'),
     'distillation_loss': (lambda a, t, d: losses.distillation_loss(some.logits, some.logits, torch.tensor([0]), a, t, d), 'nnw'),
 }
 some = attention.AttentionOutput(torch.zeros(1, 2), torch.ones(1, 1, 2, 2), None)
