@@ -221,8 +221,8 @@ def perturb(self:PGD, model, x, y, generator=None) -> Tensor: # arguments as of 
         objective = lambda z: sign*_OBJECTIVES[self.loss](model(z), y)
         return pgd(objective, x, t, self.steps, self.step_size, start)
     def run():
-        chunks = [o.split(n) for o in (x, y, _start(x, t, self.start, generator))]
-        return torch.cat([climb(*o) for o in zip(*chunks)])
+        starts = _start(x, t, self.start, generator)
+        return torch.cat([climb(*o) for o in zip(x.split(n), y.split(n), starts.split(n))])
     f, best = kl if y.is_floating_point() else margin, run()
     for _ in range(self.restarts - 1):
         other = run()

@@ -221,8 +221,8 @@ def before_fit(self:Method):
     with frozen(self.net): x, _, self._classes = _check_batch(self.net, x, y, t, names=names)
     for role,o in self.teachers.items():
         self.teachers[role] = _check_teacher(role, o, x, self._classes, names)
-    line, before = _unexamined(self.teachers), self._warned
-    if line not in ('', before) and not rank_and_world()[0]: print(line)
+    line = _unexamined(self.teachers)
+    if line not in ('', self._warned) and not rank_and_world()[0]: print(line)
     self._about = dict(method=type(self).__name__, data=name, classes=names,
                        image=list(x.shape[1:]), threat=dict(eps=t.eps, norm=t.norm))
     self.attack, self._dtype = self.training_attack(t), dtype_of(self.precision, self.net)
@@ -232,10 +232,9 @@ def before_fit(self:Method):
     self._own = L(Accuracy('clean'), Accuracy('pgd-10', PGD(t, 10), self.precision))
     self._own += [ValueMetric(partial(self._log_mean, k), k) for k in self.logged_terms]
     self.learn.metrics = self.learn.metrics + self._own
-    self.learn.loss_func, self._warned = _MethodLoss(self, self.plain_loss), line
     if is_distributed(): self.recorder.loss = _MeanLoss()
     self.terms.clear()
-    self._first_loss, self._labels_used = None, False
+    self._warned, self._first_loss, self._labels_used = line, None, False
     if hasattr(vars(self).get('weight'), 'reset'): self.weight.reset()
 
 # %% ../nbs/05_training.ipynb #bf147b17
@@ -247,6 +246,9 @@ def _end(self:Method):
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._own)
 
 # %% ../nbs/05_training.ipynb #82e05ed0
+@patch
+def before_train(self:Method): self.learn.loss_func = _MethodLoss(self, self.plain_loss)
+
 @patch
 def before_batch(self:Method):
     x, y = (o.as_subclass(Tensor) for o in (self.xb[0], self.yb[0]))
@@ -278,7 +280,7 @@ def _hook(self:Method, first:Tensor):
 @patch
 def _unhook(self:Method):
     net, forward = self._hooked or (None, None)
-    if net: del net.forward
+    if net is not None: del net.forward
     if forward: net.forward = forward # a wrapper's own
     self._hooked = self._first = None
 
@@ -321,9 +323,11 @@ def _check_loss(self:Method, loss:Tensor):
     finding = hasattr(self.learn, 'lr_finder')
     if finding and loss.isfinite(): return
     if finding: raise CancelFitException
+    last = zip(self.recorder.metric_names[1:-1], [[], *self.recorder.values][-1])
+    before = ', '.join(f'{k} {v:.4g}' for k,v in last) or 'none'
     raise AderError(f'the loss of {type(self).__name__} became {loss.item():.4g} in epoch '
-                    f'{self.epoch}, step {self.iter}; try a lower learning rate, or clip the '
-                    'gradients (fastai: GradientClip)')
+                    f'{self.epoch}, step {self.iter} (the last epoch: {before}); try a lower '
+                    'learning rate, or clip the gradients (fastai: GradientClip)')
 
 # %% ../nbs/05_training.ipynb #a46b4196
 @patch
