@@ -6,10 +6,10 @@
 __all__ = ['attack_strip', 'explore']
 
 # %% ../nbs/02b_explore.ipynb #45a86f59
-import torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor, nn
 from .attacks import PGD, Threat, frozen
-from .attention import forward_with_attention
+from .attention import forward_with_attention, show_attention
 from .data import AderError, as_float
 
 # %% ../nbs/02b_explore.ipynb #cc4b20a2
@@ -23,35 +23,24 @@ def _attack_view(net, x, y, eps, steps, norm): # -> AttentionOutput of the attac
 # %% ../nbs/02b_explore.ipynb #fce97734
 def attack_strip(
     net:nn.Module, # images in [0, 1] -> logits
-    x:Tensor, # (C, H, W) one image: uint8, or in [0, 1]
-    y:int, # its class
+    x:Tensor, y:int, # (C, H, W) one image, uint8 or in [0, 1]; its class
     eps:float|list=(0, 0.02, 0.05, 0.1, 0.2, 0.3), # radius in pixels of [0, 1], a column each
     steps:int|list=10, # of the attack, each ε/4 long; a number, or one for each column
-    classes:list|None=None, # names of the classes
-    norm:str='Linf' # of the ball, see `Threat`
+    classes:list|None=None, norm:str='Linf' # names of the classes; of the ball, see `Threat`
 ): # -> matplotlib figure
     "An attack on one image: attacked image, perturbation and attention map, a column a setting."
-    import matplotlib.pyplot as plt
-    n = max(len(o) for o in (eps, steps, [0]) if isinstance(o, (list, tuple)))
-    eps, steps = (o if isinstance(o, (list, tuple)) else [o]*n for o in (eps, steps))
-    views = [_attack_view(net, x, y, e, s, norm) for e,s in zip(eps, steps, strict=True)]
-    rows = ['image', 'added'] + ['attention']*(views[0][0].attention is not None)
-    size = 1.35*len(views) + 0.6, 1.45*len(rows) + 0.3
-    fig, axs = plt.subplots(len(rows), len(views), figsize=size, squeeze=False)
-    added = [(o - as_float(x).to(o.device)) for _,o in views]
-    top = max(o.abs().max().item() for o in added) or 1
-    show = lambda ax, im, **kw: ax.imshow(im.cpu().permute(1,2,0), **dict(vmin=0, vmax=1) | kw)
-    for col,(out,z),d,e,s in zip(axs.T, views, added, eps, steps):
-        p = out.logits[0].softmax(0).cpu()
-        k, color = int(p.argmax()), '#0173b2' if int(p.argmax()) == y else '#d55e00'
-        show(col[0], z, cmap='gray')
-        col[0].set_title(f'ε = {e:.3g}, {s} steps\n{classes[k] if classes else k}, {p[k]:.0%}',
-                         fontsize=9, color=color)
-        show(col[1], 0.5 + d/(2*top), cmap='RdBu_r')
-        if len(col) > 2: show(col[2], out.attention[0], cmap='viridis')
-    for ax in axs.flat: ax.set(xticks=[], yticks=[])
-    for ax,name in zip(axs[:,0], rows): ax.set_ylabel(name, fontsize=9)
-    fig.tight_layout(pad=0.4)
+    eps, steps = (o.tolist() for o in np.broadcast_arrays(np.atleast_1d(eps), steps))
+    outs, images = zip(*[_attack_view(net, x, y, e, s, norm) for e,s in zip(eps, steps)])
+    images, best = torch.stack(images).cpu(), [o.logits[0].softmax(0).max(0) for o in outs]
+    added, maps = (images - as_float(x).cpu()).mean(1, keepdim=True), [o.attention for o in outs]
+    maps = [added] if maps[0] is None else [added, torch.cat(maps)]
+    titles = [f'ε = {e:.3g}, {s} steps\n{classes[k] if classes else k}, {p:.0%}'
+              for e,s,(p,k) in zip(eps, steps, best)]
+    names = 'image', 'added', 'attention'
+    fig = show_attention(images, *maps, titles=titles, names=names, size=1.35)
+    for ax,(_,k) in zip(fig.axes, best): ax.title.set_color('#0173b2' if k == y else '#d55e00')
+    top = added.abs().max().item() or 1
+    for ax in fig.axes[len(eps):2*len(eps)]: ax.images[0].set(cmap='RdBu_r', clim=(-top, top))
     return fig
 
 # %% ../nbs/02b_explore.ipynb #c0ba1758
@@ -59,30 +48,24 @@ def _is_interactive() -> bool: # whether a person sits at a notebook that shows 
     try:
         import ipywidgets
         from IPython import get_ipython
-    except ImportError: return False
-    kernel = getattr(get_ipython(), 'kernel', None)
-    return bool(getattr(kernel, '_allow_stdin', False)) # False where a program runs the notebook
+        return get_ipython().kernel._allow_stdin # False where a program runs the notebook
+    except (AttributeError, ImportError): return False
 
 # %% ../nbs/02b_explore.ipynb #d3fe5492
 def explore(
-    net:nn.Module, # images in [0, 1] -> logits
-    x:Tensor, # (C, H, W) one image: uint8, or in [0, 1]
-    y:int, # its class
-    eps:float=0.3, # end of the slider for ε, in pixels of [0, 1]
-    steps:int=40, # end of the slider for the steps
-    classes:list|None=None, # names of the classes
-    norm:str='Linf' # of the ball, see `Threat`
+    net:nn.Module, x:Tensor, y:int, # as of `attack_strip`
+    eps:float=0.3, steps:int=40, # ends of the sliders
+    **kwargs # of `attack_strip`: classes, norm
 ): # -> None after showing sliders; the figure of `attack_strip` where there is nobody to move them
     "Move ε and the number of steps of an attack on one image."
-    import matplotlib.pyplot as plt
     if not _is_interactive():
         columns = [round(eps*o, 4) for o in (0, 0.1, 0.2, 0.4, 0.7, 1)]
-        fig = attack_strip(net, x, y, columns, classes=classes, norm=norm)
+        fig = attack_strip(net, x, y, columns, **kwargs)
         plt.close(fig) # shown once, as the value of the cell
         return fig
     from ipywidgets import FloatSlider, IntSlider, interact
     def draw(ε, n):
-        attack_strip(net, x, y, ε, n, classes, norm)
+        attack_strip(net, x, y, ε, n, **kwargs)
         plt.show()
     slider = FloatSlider(0, min=0, max=eps, step=eps/60, readout_format='.3f')
     interact(draw, ε=slider, n=IntSlider(10, min=0, max=steps, description='steps'))

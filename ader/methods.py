@@ -11,18 +11,17 @@ import inspect, math, torch
 from collections import namedtuple
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .attacks import Threat, frozen, kl, pgd
+from .attacks import Threat, frozen, kl, pgd, _one_of
 from .attention import AttentionOutput, has_attention
 from .data import AderError, all_reduce_mean
-from .losses import soft_kl, teacher_loss, _check_temperature
+from .losses import soft_kl, teacher_loss
 from .training import SAT, Method, Natural
 from .weighting import AdaptiveWeight
 from fastcore.basics import patch
 
-# %% ../nbs/06_methods.ipynb #a17db174
+# %% ../nbs/06_methods.ipynb #427e3808
 MethodInfo = namedtuple('MethodInfo', 'method labels clean robust attention inner gradient source')
 
-# %% ../nbs/06_methods.ipynb #427e3808
 METHODS = [MethodInfo(*o) for o in (
     ('Natural', 'loss', '', '', False, '', '', 'natural training'),
     ('SAT', 'loss, x_adv', '', '', False, 'CE(S(x′), y)', 'S', 'Madry et al. 2018, [5]'),
@@ -39,23 +38,13 @@ METHODS = [MethodInfo(*o) for o in (
     ('ADER', 'x_adv', 'x', 'x_adv', True, 'CE(S(x′), y)', 'S', 'the paper'),
     ('ADERPlus', 'x_adv', 'x', 'x', True, 'CE(S(x′), y)', 'S', 'this project'))]
 
-# %% ../nbs/06_methods.ipynb #af6022b2
-def _check(name:str, value:float, most:float=math.inf):
-    if not 0 <= value <= most:
-        allowed = 'at least 0' if most == math.inf else f'between 0 and {most:g}'
-        raise AderError(f'{name} must be {allowed}, got {value}')
-
 # %% ../nbs/06_methods.ipynb #f2a26248
 class TRADES(Method):
     "Cross-entropy on clean images, and the same prediction nearby (Zhang et al. 2019)."
     start, inner_loss = 'gaussian', 'kl'
-    def __init__(self,
-        beta:float=6., # weight of the divergence
-        **kwargs # see `Method`
-    ):
+    def __init__(self, beta:float=6., **kwargs): # weight of the divergence; others as of `Method`
         super().__init__(**kwargs)
-        _check('beta', beta)
-        self.beta = beta
+        self._set(beta=beta)
 
     def adversary(self, x, y):
         s = self.frozen_copy('student')
@@ -93,9 +82,9 @@ class ARD(Distilled):
         **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
     ):
         super().__init__(teachers=dict(robust=robust), **kwargs)
-        _check('alpha', alpha, 1)
-        _check_temperature(temperature)
-        self.alpha, self.temperature = alpha, temperature
+        self._set(1, alpha=alpha)
+        soft_kl(*torch.zeros(2, 1, 2), temperature) # refuses a bad one now
+        self.temperature = temperature
 
     def loss(self, x, x_adv, y):
         t, a = self.teacher('robust', x).logits, self.alpha
@@ -105,7 +94,7 @@ class ARD(Distilled):
 # %% ../nbs/06_methods.ipynb #f55427e8
 class RSLAD(Distilled):
     "The robust teacher's soft labels everywhere, no labels (Zi et al. 2021)."
-    start, inner_loss = 'gaussian', 'kl'
+    start, inner_loss, robust_input = 'gaussian', 'kl', 'x'
     def __init__(self,
         robust:nn.Module, # adversarially trained teacher
         alpha:float=5/6, # weight of attacked images; clean ones have the rest
@@ -113,22 +102,22 @@ class RSLAD(Distilled):
         **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
     ):
         super().__init__(teachers=dict(robust=robust), **kwargs)
-        _check('alpha', alpha, 1)
-        _check('igdm', igdm)
-        self.alpha, self.igdm = alpha, igdm
+        self._set(1, alpha=alpha)
+        self._set(igdm=igdm)
 
     def adversary(self, x, y): return self.attack_student(x, self.teacher('robust', x).logits)
 
     def loss(self, x, x_adv, y):
-        t, s, s_adv = self.teacher('robust', x).logits, self.student(x), self.student(x_adv)
-        f = lambda z, z_adv: self.alpha*self.kl(z_adv, t) + (1-self.alpha)*self.kl(z, t)
+        inputs = x, dict(x=x, x_adv=x_adv)[self.robust_input]
+        t, t_adv = (self.teacher('robust', o).logits for o in inputs)
+        f = lambda z, z_adv: self.alpha*self.kl(z_adv, t_adv) + (1-self.alpha)*self.kl(z, t)
+        s, s_adv = self.student(x), self.student(x_adv)
         return self.both_heads(f, s, s_adv) + gradient_matching(self, x, x_adv, s_adv)
 
 # %% ../nbs/06_methods.ipynb #96b830c3
 def gradient_matching(
     method:Method, # with `igdm`, the weight at the end of training, and a robust teacher
-    x:Tensor, x_adv:Tensor, # (B, C, H, W)
-    s_adv:AttentionOutput # of the student on `x_adv`
+    x:Tensor, x_adv:Tensor, s_adv:AttentionOutput # (B, C, H, W); of the student on `x_adv`
 ) -> Tensor: # scalar
     "KL between the differences of the logits at x + δ and x − δ (IGDM, Lee et al. 2025)."
     if not method.igdm: return torch.zeros((), device=x.device)
@@ -142,15 +131,14 @@ class MTARD(Distilled):
     start = 'gaussian'
     logged_terms = 'ω', 'L_clean', 'L_adv'
     def __init__(self,
-        clean:nn.Module, # teacher for clean images, naturally trained
-        robust:nn.Module, # teacher for attacked images, adversarially trained
+        clean:nn.Module, robust:nn.Module, # teachers, trained naturally and adversarially
         momentum:float=0.025, # fraction of the way that ω moves each step
         beta:float=1., # sensitivity of ω
         decay:tuple=(215/300, 260/300, 285/300), # fractions of the training; ω slows down 10×
         **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
     ):
         super().__init__(teachers=dict(clean=clean, robust=robust), **kwargs)
-        for d in decay: _check('decay', d, 1)
+        for d in decay: self._set(1, decay=d)
         self.weight, self.momentum, self.decay = AdaptiveWeight(beta, momentum), momentum, decay
 
     def pace(self): return 0.1**sum(self.pct_train >= d for d in self.decay)
@@ -167,38 +155,30 @@ class MTARD(Distilled):
         f = lambda z, z_adv: omega*self.kl(z, t) + (1-omega)*self.kl(z_adv, t_adv)
         return self.both_heads(f, s, s_adv)
 
-# %% ../nbs/06_methods.ipynb #dc882aac
+# %% ../nbs/06_methods.ipynb #af285863
 _MAPS = dict(both=(1., 1.), clean=(1., 0.), robust=(0., 1.), none=(0., 0.))
 
-# %% ../nbs/06_methods.ipynb #af285863
 class ADER(Method):
     "Two teachers, soft labels and attention from both, adaptively weighted (Eqs. 5–10)."
     start, igdm = 'gaussian', 0. # ADER+ has the latter
     logged_terms = 'ω', 'L_clean', 'L_adv', 'att_clean', 'att_adv'
 
     def __init__(self,
-        clean:nn.Module, # teacher for clean images, naturally trained
-        robust:nn.Module, # teacher for attacked images, adversarially trained
+        clean:nn.Module, robust:nn.Module, # teachers, trained naturally and adversarially
         weight=None, # `weight(l_clean, l_adv, pct)` returns ω; default: `AdaptiveWeight()`
         attention:str='both', # whose maps are distilled: 'both', 'clean', 'robust' or 'none'
         robust_input:str='x_adv', # what the adversarial teacher is shown: 'x_adv' (Eq. 6) or 'x'
         inner_loss:str='ce', # of the adversary: 'ce' (Eq. 7), or 'kl' from the adversarial teacher
-        temperature:float=1., # see `ader.losses.teacher_loss`, like the next four
-        direction:str='T||S',
-        att_normalize:str='sum',
-        att_temperature:float=1.,
-        att_direction:str='S||T',
+        temperature:float=1., direction:str='T||S', # see `ader.losses.teacher_loss`, like the next
+        att_normalize:str='sum', att_temperature:float=1., att_direction:str='S||T',
         **kwargs # threat, steps, …: see `Method`
     ):
-        known = dict(inner_loss=('ce', 'kl'), attention=_MAPS, robust_input=('x_adv', 'x'))
-        for name,o in zip(known, (inner_loss, attention, robust_input)):
-            if o not in known[name]:
-                names = ', '.join(map(repr, known[name]))
-                raise AderError(f'{name} must be one of {names}, got {o!r}')
-        self.inner_loss = inner_loss
+        _one_of(_MAPS, attention=attention)
+        _one_of(('x_adv', 'x'), robust_input=robust_input)
+        _one_of(('ce', 'kl'), inner_loss=inner_loss)
+        self.attention, self.robust_input, self.inner_loss = attention, robust_input, inner_loss
         super().__init__(teachers=dict(clean=clean, robust=robust), **kwargs)
-        self.weight, self.attention = weight or AdaptiveWeight(), attention
-        self.robust_input = robust_input
+        self.weight = weight or AdaptiveWeight()
         self.soft = dict(temperature=temperature, direction=direction)
         self.maps = dict(att_normalize=att_normalize, att_temperature=att_temperature,
                          att_direction=att_direction)
@@ -206,12 +186,12 @@ class ADER(Method):
         teacher_loss(some, some, **self.soft, **self.maps) # refuses bad settings now
 
     def before_fit(self):
-        for role,w in zip(self.teachers, _MAPS[self.attention]):
-            nets = {f'{role} teacher': self.teachers[role], 'student': self.learn.model}
-            for who,net in nets.items():
-                if w and isinstance(net, nn.Module) and not has_attention(net):
-                    raise AderError(f"the {who} has no attention map; call add_attention(net) "
-                                    "before training it, or use attention='none'")
+        used = [f'{k} teacher' for k,w in zip(self.teachers, _MAPS[self.attention]) if w]
+        nets = {f'{k} teacher': o for k,o in self.teachers.items()} | dict(student=self.learn.model)
+        for who in [*used, 'student'] if used else []:
+            if isinstance(nets[who], nn.Module) and not has_attention(nets[who]):
+                raise AderError(f'the {who} has no attention map; call add_attention(net) before '
+                                "training it, or use attention='none'")
         super().before_fit()
 
 # %% ../nbs/06_methods.ipynb #338a770f
@@ -246,22 +226,18 @@ def loss(self:ADER, x, x_adv, y):
 def plot_weights(self:ADER, axs=None): # -> matplotlib figure
     "ω, the losses of both teachers, and their attention terms, step by step."
     import matplotlib.pyplot as plt
-    h = self.history()
     if axs is None: _, axs = plt.subplots(1, 3, figsize=(11,2.8))
     panels = {'ω, weight of the clean teacher': ['ω'], 'loss': ['L_clean', 'L_adv'],
               'attention term': ['att_clean', 'att_adv']}
     for ax,(label,cols) in zip(axs, panels.items()):
-        for c in cols: ax.plot(h.index, h[c], lw=1, label=c)
-        ax.set(xlabel='step', ylabel=label)
-        if len(cols) > 1: ax.legend()
+        self.history()[cols].plot(ax=ax, lw=1, ylabel=label, legend=len(cols) > 1)
     axs[0].set_ylim(0, 1)
     axs[0].figure.tight_layout()
     return axs[0].figure
 
 # %% ../nbs/06_methods.ipynb #48ac6d9e
 def boosted_ce(
-    logits:Tensor, # (B, K)
-    y:Tensor, # (B,) labels
+    logits:Tensor, y:Tensor, # (B, K); (B,) labels
     floor:float=0. # added to one minus the best wrong probability
 ) -> Tensor: # (B,)
     "Cross-entropy, boosted by the probability of the best wrong class (Wang et al. 2020)."
@@ -275,15 +251,10 @@ def boosted_ce(
 class MART(Method):
     "More weight for images that are wrong already (Wang et al. 2020)."
     start = 'gaussian'
-    def __init__(self,
-        beta:float=5., # weight of the divergence
-        floor:float=0., # see `boosted_ce`; 1e-4 in the public code
-        **kwargs # see `Method`
-    ):
+    def __init__(self, beta:float=5., floor:float=0., **kwargs): # of the divergence; `boosted_ce`
         super().__init__(**kwargs)
-        _check('beta', beta)
-        _check('floor', floor, 1)
-        self.beta, self.floor = beta, floor
+        self._set(beta=beta)
+        self._set(1, floor=floor)
 
     def loss(self, x, x_adv, y):
         def f(z, z_adv):
@@ -305,12 +276,10 @@ class IAD(Method):
         **kwargs # threat, steps, …: see `Method`
     ):
         super().__init__(teachers=dict(robust=robust), **kwargs)
-        _check('alpha', alpha, 1)
-        _check('beta', beta)
-        _check('warmup', warmup)
-        _check_temperature(temperature)
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.warmup, self.full_teacher_term = warmup, full_teacher_term
+        self._set(1, alpha=alpha)
+        self._set(beta=beta, warmup=warmup)
+        soft_kl(*torch.zeros(2, 1, 2), temperature) # refuses a bad one now
+        self.temperature, self.full_teacher_term = temperature, full_teacher_term
 
     def trust(self, x_adv, y): # -> (B,)
         done = self.epoch if self.warmup >= 1 else self.pct_train
@@ -328,19 +297,11 @@ class IAD(Method):
         return self.both_heads(f, self.student(x), self.student(x_adv))
 
 # %% ../nbs/06_methods.ipynb #e877670b
-class AdaAD(Distilled):
+class AdaAD(RSLAD):
     "Agree with the robust teacher where the two disagree most (Huang et al. 2023)."
-    start, inner_loss = 'gaussian', 'kl'
-    def __init__(self,
-        robust:nn.Module, # adversarially trained teacher
-        alpha:float=1., # weight of attacked images; clean ones have the rest
-        igdm:float=0., # weight of `gradient_matching`
-        **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
-    ):
-        super().__init__(teachers=dict(robust=robust), **kwargs)
-        _check('alpha', alpha, 1)
-        _check('igdm', igdm)
-        self.alpha, self.igdm = alpha, igdm
+    robust_input = 'x_adv'
+    def __init__(self, robust:nn.Module, alpha:float=1., **kwargs): # all as of `RSLAD`
+        super().__init__(robust, alpha, **kwargs)
 
     def adversary(self, x, y):
         a, s, t = self.attack, self.frozen_copy('student'), self.frozen_copy('robust')
@@ -348,21 +309,10 @@ class AdaAD(Distilled):
         climb = lambda x: pgd(disagreement, x, a.threat, a.steps, a.step_size, a.start)
         with frozen(s, t): return self.replay('attack', climb, x)
 
-    def loss(self, x, x_adv, y):
-        t, t_adv = self.teacher('robust', x).logits, self.teacher('robust', x_adv).logits
-        f = lambda z, z_adv: self.alpha*self.kl(z_adv, t_adv) + (1-self.alpha)*self.kl(z, t)
-        s, s_adv = self.student(x), self.student(x_adv)
-        return self.both_heads(f, s, s_adv) + gradient_matching(self, x, x_adv, s_adv)
-
 # %% ../nbs/06_methods.ipynb #a80e6cef
 class IGDM(RSLAD):
     "RSLAD, and a student that changes along the attack as its teacher does (Lee et al. 2025)."
-    def __init__(self,
-        robust:nn.Module, # adversarially trained teacher
-        alpha:float=5/6, # weight of attacked images; clean ones have the rest
-        igdm:float=0.95, # weight of `gradient_matching` at the end of the training
-        **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
-    ):
+    def __init__(self, robust:nn.Module, alpha:float=5/6, igdm:float=0.95, **kwargs): # as of RSLAD
         super().__init__(robust, alpha, igdm, **kwargs)
 
 # %% ../nbs/06_methods.ipynb #a20d9ea0
@@ -376,9 +326,7 @@ class SAAD(Distilled):
         **kwargs # reduction: see `Distilled`; threat, steps, …: see `Method`
     ):
         super().__init__(teachers=dict(robust=robust), **kwargs)
-        _check('beta', beta)
-        _check('igdm', igdm)
-        self.beta, self.igdm = beta, igdm
+        self._set(beta=beta, igdm=igdm)
 
     def adversary(self, x, y):
         a, s, t = self.attack, self.frozen_copy('student'), self.frozen_copy('robust')
@@ -393,39 +341,31 @@ class SAAD(Distilled):
             return pgd(objective, x, a.threat, a.steps, a.step_size, a.start)
         with frozen(s, t): return self.replay('attack', climb, x, y)
 
-# %% ../nbs/06_methods.ipynb #b30d5b79
-@patch
-def loss(self:SAAD, x, x_adv, y):
-    t, t_adv = self.teacher('robust', x).logits, self.teacher('robust', x_adv).logits
-    w = torch.special.entr(F.softmax(t_adv, 1)).sum(1)/math.log(t_adv.shape[1])
-    s, s_adv = self.student(x), self.student(x_adv)
-    f = lambda z, z_adv: (w*kl(z_adv, t_adv) + self.beta*(1-w)*kl(z, t)).mean()
-    return self.both_heads(f, s, s_adv) + gradient_matching(self, x, x_adv, s_adv)
+    def loss(self, x, x_adv, y):
+        t, t_adv = self.teacher('robust', x).logits, self.teacher('robust', x_adv).logits
+        w = torch.special.entr(F.softmax(t_adv, 1)).sum(1)/math.log(t_adv.shape[1])
+        s, s_adv = self.student(x), self.student(x_adv)
+        f = lambda z, z_adv: (w*kl(z_adv, t_adv) + self.beta*(1-w)*kl(z, t)).mean()
+        return self.both_heads(f, s, s_adv) + gradient_matching(self, x, x_adv, s_adv)
 
 # %% ../nbs/06_methods.ipynb #f9178f7a
 class BMTARD(MTARD):
     "MTARD with teachers of equal entropy (Zhao et al. 2024)."
     logged_terms = MTARD.logged_terms + ('τ_clean', 'τ_adv')
     def __init__(self,
-        clean:nn.Module, # teacher for clean images, naturally trained
-        robust:nn.Module, # teacher for attacked images, adversarially trained
+        clean:nn.Module, robust:nn.Module, # teachers, trained naturally and adversarially
         rate:float=0.001, # how much a temperature moves each step
-        tau_min:float=1., # smallest temperature, where both begin
-        tau_max:float=10., # largest temperature
+        tau_min:float=1., tau_max:float=10., # smallest temperature, where both begin; and largest
         **kwargs # momentum, beta, decay: see `MTARD`; reduction: see `Distilled`; …: see `Method`
     ):
         super().__init__(clean, robust, **kwargs)
-        _check('rate', rate)
+        self._set(rate=rate)
         if not 0 < tau_min <= tau_max:
             raise AderError(f'0 < tau_min ≤ tau_max is needed, got {tau_min} and {tau_max}')
-        self.rate, self.tau_min, self.tau_max, self.tau = rate, tau_min, tau_max, None
-
-    def reset(self):
-        super().reset()
-        self.tau = None
+        self.tau_min, self.tau_max = tau_min, tau_max
 
     def targets(self, t, t_adv):
-        if self.tau is None: self.tau = t.new_full((2,), self.tau_min)
+        if 'τ_clean' not in self.terms: self.tau = t.new_full((2,), self.tau_min) # the first step
         self.log(τ_clean=self.tau[0], τ_adv=self.tau[1])
         ts = t/self.tau[0], t_adv/self.tau[1]
         entropy = [torch.special.entr(F.softmax(o, 1)).sum(1).mean() for o in ts]
@@ -438,30 +378,24 @@ class BMTARD(MTARD):
 methods = {c.__name__: c for c in (Natural, SAT, TRADES, MART, ARD, IAD, RSLAD, AdaAD, IGDM, SAAD,
                                    MTARD, BMTARD, ADER)}
 
-_ROLES = 'clean', 'robust'
-
-def _parameters(method:type) -> dict: # name -> default, also those passed on as **kwargs
-    found = {}
-    for c in method.__mro__:
-        if '__init__' not in vars(c) or not issubclass(c, Method): continue
-        own = inspect.signature(c).parameters
-        found = {k: o.default for k,o in own.items() if k != 'kwargs'} | found
-    return found
+def _parameters(method:type) -> dict: # name -> default, also of those passed on as **kwargs
+    inits = [c.__init__ for c in method.__mro__[::-1] if issubclass(c, Method)]
+    every = [o for f in inits for o in inspect.signature(f).parameters.values()]
+    return {o.name: o.default for o in every if o.name not in ('self', 'kwargs')}
 
 # %% ../nbs/06_methods.ipynb #0c47e8df
 def teachers_of(method:type) -> list[str]: # some of 'clean' and 'robust'
     "The teachers that a method needs."
-    return [o for o in _ROLES if o in _parameters(method)]
+    return [o for o in ('clean', 'robust') if o in _parameters(method)]
 
 def settings_of(method:type) -> dict: # name -> default
     "All other arguments of a method."
-    return {k: v for k,v in _parameters(method).items() if k not in (*_ROLES, 'teachers')}
+    return {k: v for k,v in _parameters(method).items() if k not in ('clean', 'robust', 'teachers')}
 
 # %% ../nbs/06_methods.ipynb #d17d93eb
 def make_method(
     name:str, # one of `methods`; case and hyphens don't matter, and 'ADER+' is ADERPlus
-    clean:nn.Module|None=None, # naturally trained teacher; ignored where the method has none
-    robust:nn.Module|None=None, # adversarially trained teacher; likewise
+    clean:nn.Module|None=None, robust:nn.Module|None=None, # teachers; ignored where it has none
     threat:Threat|None=None, # default: Linf with the customary ε of the data
     **kwargs # settings of the method
 ) -> Method:
@@ -473,9 +407,8 @@ def make_method(
     teachers = {o: given[o] for o in teachers_of(c)}
     for role,t in teachers.items():
         if t is None: raise AderError(f'{c.__name__} needs a {role} teacher; none was given')
-    for k in kwargs:
-        if k not in known:
-            raise AderError(f'{c.__name__} has no setting {k!r}; it has {", ".join(known)}')
+    for k in kwargs.keys() - known:
+        raise AderError(f'{c.__name__} has no setting {k!r}; it has {", ".join(known)}')
     return c(**teachers, threat=threat, **kwargs)
 
 # %% ../nbs/06_methods.ipynb #95e57a87

@@ -10,7 +10,7 @@ import math, torch
 from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .methods import ADER, methods, _check
+from .methods import ADER, methods
 from .weighting import ConstantWeight
 
 # %% ../nbs/11_ader_plus.ipynb #d32ee763
@@ -20,8 +20,7 @@ def confidence(logits:Tensor) -> Tensor: # (B, K) -> scalar, 1/K to 1
 
 # %% ../nbs/11_ader_plus.ipynb #ab778f17
 def temperature_for_confidence(
-    logits:Tensor, # (B, K)
-    target:Tensor|float # the wanted `confidence`
+    logits:Tensor, target:Tensor|float # (B, K); the wanted `confidence`
 ) -> Tensor: # scalar, from 0.01 to 100
     "The temperature at which logits have this confidence."
     lo, hi = (logits.new_full((), math.log(o)) for o in (0.01, 100))
@@ -45,30 +44,27 @@ class ADERPlus(ADER):
     "ADER with robust labels of clean images, teachers of equal confidence, and a fixed ω."
     logged_terms = ADER.logged_terms + ('τ_clean', 'τ_adv')
     def __init__(self,
-        clean:nn.Module, # teacher for clean images, naturally trained
-        robust:nn.Module, # teacher for attacked images, adversarially trained
+        clean:nn.Module, robust:nn.Module, # teachers, trained naturally and adversarially
         weight=None, # `weight(l_clean, l_adv, pct)` returns ω; default: `ConstantWeight(1/6)`
         robust_input:str='x', # of the adversarial teacher: 'x' (RSLAD) or 'x_adv' (Eq. 6)
         match_confidence:bool|str|float=True, # see `equal_confidence`; True: 'mean'; False: don't
-        labels:float=0., # share of the labels in the robust target, 0 to 1
-        igdm:float=0., # weight of `ader.methods.gradient_matching`
+        labels:float=0., igdm:float=0., # share of the labels in the robust target; see `RSLAD`
         **kwargs # attention, inner_loss, temperature, …: see `ADER`
     ):
         super().__init__(clean, robust, weight or ConstantWeight(1/6), robust_input=robust_input,
                          **kwargs)
-        if match_confidence not in (True, False, 'mean', 'robust'):
-            _check('match_confidence', match_confidence, 1)
-        _check('labels', labels, 1)
-        _check('igdm', igdm)
-        self.match_confidence, self.labels, self.igdm = match_confidence, labels, igdm
+        number = match_confidence not in ('mean', 'robust')
+        if number: self._set(1, match_confidence=match_confidence)
+        self.match_confidence = match_confidence
+        self._set(1, labels=labels)
+        self._set(igdm=igdm)
 
     def targets(self, x, robust_x, y):
         clean, robust = self.matched(super().targets(x, robust_x, y))
-        if self.labels:
-            p = F.softmax(robust.logits, 1)
-            mixed = torch.lerp(p, torch.zeros_like(p).scatter(1, y[:,None], 1.), self.labels)
-            robust = robust._replace(logits=mixed.clamp_min(torch.finfo(p.dtype).tiny).log())
-        return clean, robust
+        if not self.labels: return clean, robust
+        p = F.softmax(robust.logits, 1)
+        mixed = torch.lerp(p, torch.zeros_like(p).scatter(1, y[:,None], 1.), self.labels)
+        return clean, robust._replace(logits=mixed.clamp_min(torch.finfo(p.dtype).tiny).log())
 
     def matched(self, ts): # the teachers' outputs, of equal confidence
         if not self.match_confidence: return ts
@@ -82,5 +78,4 @@ class ADERPlus(ADER):
         if self.match_confidence: self.log(τ_clean=self.tau[0], τ_adv=self.tau[1])
         return loss
 
-# %% ../nbs/11_ader_plus.ipynb #70f637e5
 methods['ADERPlus'] = ADERPlus

@@ -6,29 +6,30 @@
 __all__ = ['Method', 'Accuracy', 'Natural', 'SAT', 'WeightEMA', 'PrintEpochs']
 
 # %% ../nbs/05_training.ipynb #569d9fa9
-import time, torch
+import math, pandas as pd, time, torch
 from collections import defaultdict
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from .attacks import PGD, Threat, check_output, frozen, _check_float, _rank_slice
+from .attacks import (PGD, Threat, check_output, frozen, _check_batch, _check_float,
+                          _rank_slice)
 from .attention import AttentionOutput, adapt_input, forward_with_attention, has_attention
 from .data import (AderError, all_reduce_mean, all_reduce_sum, check_labels, data_facts,
-                        is_distributed,
-                       rank_and_world, _import_fastai)
-from .speed import FrozenCopy, Replay, dtype_of, run_in, unwrap, _float32, _in_float32
+                       is_distributed, rank_and_world, _import_fastai)
+from .speed import FrozenCopy, Replay, dtype_of, run_in, unwrap, _float32
 _import_fastai()
-from fastai.callback.core import Callback, CancelFitException
+from fastai.basics import AvgLoss, Callback, CancelFitException, GetAttr, L, ValueMetric, patch
 from fastai.callback.mixup import MixHandler
-from fastai.learner import AvgLoss, Metric, ValueMetric
-from fastcore.basics import patch
-from fastcore.foundation import L
+from fastai.losses import BaseLoss
 
 # %% ../nbs/05_training.ipynb #c0cc366d
-class Method(Callback):
+class _InFit(Callback): # left alone by prediction and validation outside of a fit
+    def __call__(self, event):
+        if not self.learn.lock.locked(): super().__call__(event)
+
+class Method(_InFit):
     "Base of all methods: a subclass says how `adversary` and `loss` are made."
     order = 40 # after mixed precision and distributed training, before the `Recorder`
     run_valid = False # batches of validation and prediction are left alone
@@ -46,16 +47,18 @@ class Method(Callback):
         precision:str='auto', # 'float32', 'bfloat16', or 'auto': see `ader.speed.dtype_of`
         compile:bool=False # compile the copies that are attacked and asked
     ):
-        if branch_weight < 0:
-            raise AderError(f'branch_weight must be at least 0, got {branch_weight}')
-        self.threat, self.steps, self.step_size = threat, steps, step_size
-        self.branch_weight, self.teachers = branch_weight, teachers or {}
-        self.precision, self.compile = precision, compile
-        self.terms, self._own, self._hooks = defaultdict(list), L(), []
-        self._copies, self._asked, self._graphs = {}, {}, {}
-        self._first = self._batch = None
+        self._set(branch_weight=branch_weight)
+        self.threat, self.steps, self.step_size, self.compile = threat, steps, step_size, compile
+        self.teachers, self.precision, self.terms = teachers or {}, precision, defaultdict(list)
+        self._copies, self._asked, self._graphs, self._own = {}, {}, {}, L()
         self._dtype, self._warned = dtype_of(precision, nn.Flatten()), ''
+        self._batch = self._first = self._hooked = None
         self.training_attack(threat or Threat()) # refuses bad settings now
+
+    def _set(self, most=math.inf, /, **values): # attributes between 0 and `most`
+        for k,v in values.items():
+            if not 0 <= v <= most: raise AderError(f'{k} must be from 0 to {most:g}, got {v}')
+            setattr(self, k, v)
 
     def training_attack(self, threat): # -> PGD
         return PGD(threat, self.steps, self.step_size, self.start, self.inner_loss)
@@ -64,13 +67,14 @@ class Method(Callback):
         "The adversarial images of this step."
         return self.attack_student(x, y)
 
-    def loss(self, x:Tensor, x_adv:Tensor|None, y:Tensor) -> Tensor: # scalar
-        "What the student minimises."
-        raise NotImplementedError(f'{type(self).__name__} must define `loss(x, x_adv, y)`')
-
 # %% ../nbs/05_training.ipynb #a960c58d
 @patch(as_prop=True)
 def net(self:Method) -> nn.Module: return unwrap(self.learn.model) # the student
+
+@patch
+def loss(self:Method, x:Tensor, x_adv:Tensor|None, y:Tensor) -> Tensor: # scalar
+    "What the student minimises."
+    raise NotImplementedError(f'{type(self).__name__} must define `loss(x, x_adv, y)`')
 
 @patch
 def frozen_copy(self:Method, role:str) -> nn.Module:
@@ -126,14 +130,8 @@ def plain_loss(self:Method): # the learner's loss function, by default cross-ent
 def label_loss(self:Method, logits:Tensor, y:Tensor, weight:float=1.) -> Tensor: # scalar
     "`weight` times the learner's loss function of (B, K) logits and (B,) labels."
     if not weight: return logits.new_zeros(())
-    self._labels_used = True
-    f = F.cross_entropy if _is_plain_ce(self.plain_loss) else self.plain_loss
-    return weight*f(logits, y)
-
-def _is_plain_ce(f) -> bool: # cross-entropy without class weights and label smoothing
-    f = getattr(f, 'func', f) # inside fastai's `CrossEntropyLossFlat`
-    return f is F.cross_entropy or isinstance(f, nn.CrossEntropyLoss) and (
-        f.weight is None and not f.label_smoothing)
+    self._labels_used, f = True, self.plain_loss
+    return weight*(f.func if isinstance(f, BaseLoss) else f)(logits, y) # theirs casts to float32
 
 # %% ../nbs/05_training.ipynb #37e5867f
 @patch
@@ -143,40 +141,33 @@ def log(self:Method, **terms:Tensor):
     for k,v in zip(terms, values): self.terms[k].append(v)
 
 @patch
-def log_mean(self:Method, k:str) -> float:
-    "Mean of a logged number over the last epoch; NaN if there is none."
+def _log_mean(self:Method, k:str): # over the last epoch; NaN if there is none
     last = self.terms.get(k, [])[-len(self.dls.train):]
-    return torch.stack(last).mean().item() if last else float('nan')
+    return torch.stack(last).mean().item() if last else math.nan
 
 # %% ../nbs/05_training.ipynb #eae4c373
 @patch
-def history(self:Method): # -> pandas `DataFrame`, a row a step
+def history(self:Method) -> pd.DataFrame: # a row a step
     "All logged numbers."
-    import pandas as pd
     columns = {k: torch.stack(v).float().cpu().numpy() for k,v in self.terms.items()}
     return pd.DataFrame(columns).rename_axis('step')
 
 # %% ../nbs/05_training.ipynb #212f993b
-class Accuracy(Metric):
+class Accuracy(ValueMetric):
     "Accuracy on the validation images, under `attack` if there is one."
     def __init__(self, name:str, attack:PGD|None=None, precision:str='auto'):
-        self._name, self.attack, self.precision = name, attack, precision
-    @property
-    def name(self): return self._name
-    @property
-    def value(self): return self.right/max(self.n, 1)
-    def reset(self):
-        self.right = self.n = 0
-        self.copy = None
+        super().__init__(self.share, name)
+        self.attack, self.precision = attack, precision
+    def share(self): return self.right/max(self.n, 1)
+    def reset(self): self.right, self.n, self.copy = 0, 0, None
     def accumulate(self, learn):
-        x, y = (o[0].as_subclass(Tensor) for o in (learn.xb, learn.yb))
-        pred, net = learn.pred.as_subclass(Tensor), unwrap(learn.model)
+        x, y, pred = (o.as_subclass(Tensor) for o in (learn.xb[0], learn.yb[0], learn.pred))
         if self.attack:
-            self.copy = self.copy or FrozenCopy(net, x, self.precision)
-            with _whole_batch(learn.dl), frozen(self.copy):
-                pred = net(self.attack.perturb(self.copy, x, y))
-        counts = torch.stack([(pred.argmax(-1) == y).sum(), torch.tensor(len(y), device=y.device)])
-        right, n = all_reduce_sum(counts).tolist()
+            self.copy = self.copy or FrozenCopy(learn.model, x, self.precision)
+            with _rank_slice(learn.dl), frozen(self.copy):
+                pred = unwrap(learn.model)(self.attack.perturb(self.copy, x, y))
+        right = (pred.argmax(-1) == y).sum()
+        right, n = all_reduce_sum(torch.stack([right, right.new_tensor(len(y))])).tolist()
         self.right, self.n = self.right + right, self.n + n
 
 # %% ../nbs/05_training.ipynb #27b050e7
@@ -187,188 +178,141 @@ class _MeanLoss(AvgLoss): # over the images of all processes, whose slices may d
         loss, n = all_reduce_sum(torch.stack([loss, loss.new_tensor(n)])).cpu()
         self.total, self.count = self.total + loss, self.count + n.item()
 
-def _whole_batch(dl): # attacks draw what they would draw for the batches of all processes together
-    here = is_distributed() and hasattr(dl, 'whole')
-    return _rank_slice(*dl.rank_slice, dl.whole) if here else nullcontext()
-
 # %% ../nbs/05_training.ipynb #bb220c5d
-def _check_teacher(role:str, teacher:nn.Module, x:Tensor, classes:int, names) -> nn.Module:
+def _check_teacher(role, teacher, x:Tensor, classes:int, names) -> nn.Module:
     "The teacher, adapted to the images `x` and on their device, if it has the student's classes."
+    wrong = lambda what: AderError(f'the {role} teacher {what}')
     if not isinstance(teacher, nn.Module):
-        raise AderError(f'the {role} teacher must be a network, got {type(teacher).__name__}')
+        raise wrong(f'must be a network, got {type(teacher).__name__}')
     shape = tuple(x.shape[1:])
     teacher = adapt_input(teacher, shape).to(x.device).eval()
     if next(teacher.parameters(), x).dtype == torch.float16: teacher = _float32(teacher)
     try: k = check_output(teacher, x)
     except (AderError, RuntimeError) as e:
-        raise AderError(f'the {role} teacher does not accept images of shape {shape} ({e}); '
-                        'for other sizes see ader.attention.InputAdapter') from None
-    if k != classes:
-        raise AderError(f'the {role} teacher has {k} classes and the student {classes}')
-    known = getattr(teacher, 'metadata', {}).get('classes')
-    for a,b in zip(known or [], names or []):
-        if a != b:
-            raise AderError(f'the {role} teacher has other classes than the data, or in another '
-                            f'order: {a!r} where the data has {b!r}; if only the names differ, set '
-                            "teacher.metadata['classes'] = dls.train.dataset.classes")
+        raise wrong(f'does not accept images of shape {shape} ({e}); for other sizes see '
+                    'ader.attention.InputAdapter') from None
+    if k != classes: raise wrong(f'has {k} classes and the student {classes}')
+    for a,b in zip(getattr(teacher, 'metadata', {}).get('classes') or (), names or ()):
+        if a != b: raise wrong(
+            f'has other classes than the data, or in another order: {a!r} where the data has {b!r};'
+            " if only names differ, set teacher.metadata['classes'] = dls.train.dataset.classes")
     return teacher
 
 # %% ../nbs/05_training.ipynb #5e354960
 def _unexamined(teachers:dict[str,nn.Module]) -> str: # a line about teachers, '' if all is well
-    checks = {role: getattr(t, 'metadata', {}).get('verified') for role,t in teachers.items()}
-    no = [role for role,c in checks.items() if not c]
-    bad = [role for role,c in checks.items() if c and role not in c.get('roles', ())]
-    def which(roles):
-        return f'the {" and the ".join(roles)} teacher {"was" if len(roles) == 1 else "were"}'
-    lines = [f'{which(no)} not checked (see ader.evaluation.check_teacher)'] if no else []
-    lines += [f'{which(bad)} checked and found unfit for that'] if bad else []
+    checks = {k: getattr(t, 'metadata', {}).get('verified') for k,t in teachers.items()}
+    no = [k for k,c in checks.items() if not c]
+    bad = [k for k,c in checks.items() if c and k not in c.get('roles', ())]
+    says = {'not checked (see ader.evaluation.check_teacher)': no,
+            'checked and found unfit for that': bad}
+    lines = [f'the {" and the ".join(o)} teacher {"were" if len(o) > 1 else "was"} {what}'
+             for what,o in says.items() if o]
     return '; '.join(lines).capitalize()
 
 # %% ../nbs/05_training.ipynb #643061e5
 @patch
 def before_fit(self:Method):
-    if self.learn.lock.locked(): return # prediction or validation
-    self._put_back()
+    self._end() # an interrupted fit
     others = [c for c in self.learn.cbs if isinstance(c, (Method, MixHandler)) and c is not self]
     if others: raise AderError(f'{type(self).__name__} and {others[0]} both own the loss; use one')
-    (name, names, eps), self._new = data_facts(self.dls.train), True
-    threat = self.threat or Threat(eps)
+    name, names, eps = data_facts(self.dls.train)
+    t = self.threat or Threat(eps)
     x, y = (o.to(next(self.net.parameters()).device) for o in next(iter(self.dls.valid))[:2])
-    with frozen(self.net):
-        x, y = PGD(threat).check_inputs(self.net, x, y)
-        self._classes = check_output(self.net, x, names)
-    self._about = dict(data=name, classes=names, image=list(x.shape[1:]))
-    for role,t in self.teachers.items():
-        self.teachers[role] = _check_teacher(role, t, x, self._classes, names)
-    self.attack, self._dtype = self.training_attack(threat), dtype_of(self.precision, self.net)
-    self._graphs.clear()
+    with frozen(self.net): x, _, self._classes = _check_batch(self.net, x, y, t, names=names)
+    for role,o in self.teachers.items():
+        self.teachers[role] = _check_teacher(role, o, x, self._classes, names)
+    line = _unexamined(self.teachers)
+    if line not in ('', self._warned) and not rank_and_world()[0]: print(line)
+    self._about = dict(method=type(self).__name__, data=name, classes=names,
+                       image=list(x.shape[1:]), threat=dict(eps=t.eps, norm=t.norm))
+    self.attack, self._dtype = self.training_attack(t), dtype_of(self.precision, self.net)
     self.net.to(memory_format=torch.channels_last)
     self._copies = {role: FrozenCopy(o, x, self.precision, self.compile)
                     for role,o in dict(self.teachers, student=self.net).items()}
-    line = _unexamined(self.teachers)
-    if line and line != self._warned and not rank_and_world()[0]: print(line)
-    self._warned = line
-    self._add_metrics(threat)
+    self._own = L(Accuracy('clean'), Accuracy('pgd-10', PGD(t, 10), self.precision))
+    self._own += [ValueMetric(partial(self._log_mean, k), k) for k in self.logged_terms]
+    self.learn.metrics = self.learn.metrics + self._own
+    if is_distributed(): self.recorder.loss = _MeanLoss()
+    self.terms.clear()
+    self._warned, self._first_loss, self._labels_used = line, None, False
+    if hasattr(vars(self).get('weight'), 'reset'): self.weight.reset()
 
 # %% ../nbs/05_training.ipynb #bf147b17
 @patch
-def _add_metrics(self:Method, threat:Threat):
-    given = self.learn.metrics.filter(lambda m: m not in self._own) # an interrupted fit leaves ours
-    self._own = L(Accuracy('clean'), Accuracy('pgd-10', PGD(threat, 10), self.precision))
-    self._own += [ValueMetric(partial(self.log_mean, k), k) for k in self.logged_terms]
-    self.learn.metrics = given + self._own
-    if is_distributed(): self.recorder.loss = _MeanLoss()
-
-@patch
-def before_train(self:Method):
-    if self._new: self.reset()
-    self.learn.loss_func = _MethodLoss(self, self.learn.loss_func)
-
-# %% ../nbs/05_training.ipynb #08576395
-@patch
-def reset(self:Method):
-    "Forget what was logged, and the state of `weight`: a fit begins."
-    self.terms.clear()
-    self._first_loss, self._labels_used = None, False
-    if hasattr(vars(self).get('weight'), 'reset'): self.weight.reset()
-    self._new = False
+def _end(self:Method):
+    self._unhook()
+    self._copies, self._graphs, self._asked, self._batch = {}, {}, {}, None
+    self.learn.loss_func = self.plain_loss
+    self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._own)
 
 # %% ../nbs/05_training.ipynb #82e05ed0
+@patch
+def before_train(self:Method): self.learn.loss_func = _MethodLoss(self, self.plain_loss)
+
 @patch
 def before_batch(self:Method):
     x, y = (o.as_subclass(Tensor) for o in (self.xb[0], self.yb[0]))
     self._asked.clear()
     if self.iter == 0:
-        _check_float(x, self.attack.threat.lo, self.attack.threat.hi)
+        _check_float(x, self.attack.threat)
         check_labels(y, x, self._classes)
     self.replay('refresh', lambda x: self._copies['student'].refresh(), x)
-    with _whole_batch(self.dl): x_adv = self.adversary(x, y)
-    if self.iter == 0 and x_adv is not None:
-        _check_float(x_adv, self.attack.threat.lo - 1e-6, self.attack.threat.hi + 1e-6)
+    with _rank_slice(self.dl): x_adv = self.adversary(x, y)
+    if self.iter == 0 and x_adv is not None: _check_float(x_adv, self.attack.threat, 1e-6)
     self._batch = x, x_adv, y
-    if self.first_input is None: return
-    self.learn.xb = dict(x=x, x_adv=x_adv)[self.first_input],
-    self._hook_model()
+    if self.first_input: self._hook(dict(x=x, x_adv=x_adv)[self.first_input])
 
 # %% ../nbs/05_training.ipynb #23a6f0e7
 @patch
-def _hook_model(self:Method):
+def _hook(self:Method, first:Tensor):
+    "The learner's pass on `first` gives map and branch logits too, which wait for `student`."
     self._unhook()
-    first, net = self.xb[0], self.learn.model
-    x = first.contiguous(memory_format=torch.channels_last)
-    cast = torch.autocast(x.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
-    def before(net, args, kwargs):
-        if args[0] is not first: return
-        cast.__enter__()
-        return (x,), dict(attend=True) if has_attention(net) else {}
-    def after(net, args, out):
-        if args[0] is not x: return
-        cast.__exit__(None, None, None)
-        if out is None: return # an error
+    net, self.learn.xb = self.learn.model, (first,)
+    forward, attend = net.forward, dict(attend=True) if has_attention(net) else {}
+    def once(x, **kwargs):
+        if x is not first: return forward(x, **kwargs)
         self._unhook()
-        out = out if isinstance(out, AttentionOutput) else AttentionOutput(out, None, None)
-        self._first = first, _in_float32(out)
+        out = run_in(self._dtype, forward, x, **attend)
+        self._first = x, out if attend else AttentionOutput(out, None, None)
         return self._first[1].logits
-    self._hooks = [net.register_forward_pre_hook(before, with_kwargs=True),
-                   net.register_forward_hook(after, always_call=True)]
+    self._hooked, net.forward = (net, vars(net).get('forward')), once
 
-# %% ../nbs/05_training.ipynb #9fb1ad1d
 @patch
 def _unhook(self:Method):
-    for h in self._hooks: h.remove()
-    self._hooks, self._first = [], None
+    net, forward = self._hooked or (None, None)
+    if net is not None: del net.forward
+    if forward: net.forward = forward # a wrapper's own
+    self._hooked = self._first = None
 
-class _MethodLoss:
+# %% ../nbs/05_training.ipynb #9fb1ad1d
+class _MethodLoss(GetAttr):
     "The method's loss in training; else, and for its attributes, the learner's own loss function."
+    _default = 'plain'
     def __init__(self, method, plain): self.method, self.plain = method, plain
-    def __getattr__(self, k): return getattr(self.plain, k)
     def __call__(self, pred, *yb):
         m = self.method
-        return m._loss() if m.learn and m.training and m._batch else self.plain(pred, *yb)
+        return m._loss(pred) if m.learn and m.training and m._batch else self.plain(pred, *yb)
 
 # %% ../nbs/05_training.ipynb #4d8a8bf9
 @patch
-def _loss(self:Method) -> Tensor:
+def _loss(self:Method, pred:Tensor) -> Tensor:
     x, x_adv, y = self._batch
     self.learn.xb, self._batch = (x,), None
-    loss = self.loss(x, x_adv, y)
-    if not (self._labels_used or _is_plain_ce(self.plain_loss)):
-        raise AderError(f'the loss function {self.plain_loss} is for labels, and the loss of '
-                        f'{type(self).__name__} has no term for them; leave it away')
-    if self._first:
-        raise AderError(f"the loss of {type(self).__name__} doesn't use the student's first pass;"
-                        " set `first_input` to 'x' or 'x_adv', what it uses first")
+    loss, name = self.loss(x, x_adv, y), type(self).__name__
+    if self._first: raise AderError(f"the loss of {name} doesn't use the student's first pass; set "
+                                    "`first_input` to 'x' or 'x_adv', what it uses first")
+    if not (self._labels_used or self.label_loss(pred, y) == F.cross_entropy(pred, y)):
+        raise AderError(f'{self.plain_loss} is for labels, and the loss of {name} has no term for '
+                        'them; leave it away')
     self._check_loss(loss.detach())
     return loss
-
-# %% ../nbs/05_training.ipynb #dfd00eac
-@patch
-def _put_back(self:Method):
-    self._unhook()
-    loss = self.learn.loss_func
-    if isinstance(loss, _MethodLoss): self.learn.loss_func = loss.plain
-
-@patch
-def after_train(self:Method): self._put_back()
 
 # %% ../nbs/05_training.ipynb #b4308e4f
 @patch
 def after_fit(self:Method):
-    if self.learn.lock.locked(): return
-    self._put_back()
-    self._copies, self._graphs, self._batch = {}, {}, None
-    self._asked.clear()
+    self._end()
     self.net.to(memory_format=torch.contiguous_format) # another layout adds in another order
-    if not hasattr(self.learn, 'lr_finder'): self._note()
-    self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._own)
-
-# %% ../nbs/05_training.ipynb #ed3cb3a1
-@patch
-def _note(self:Method):
-    "Note on the network how it was trained, and on what."
-    t = self.attack.threat
-    self.net.metadata = dict(method=type(self).__name__, **self._about,
-                             threat=dict(eps=t.eps, norm=t.norm))
+    if not hasattr(self.learn, 'lr_finder'): self.net.metadata = self._about
 
 # %% ../nbs/05_training.ipynb #657b99b9
 @patch
@@ -376,15 +320,14 @@ def _check_loss(self:Method, loss:Tensor):
     if self._first_loss is None: self._first_loss = loss
     if loss.device.type != 'cpu' and self.iter % 20: return # a GPU would wait at every step
     if loss.abs() <= 1000*self._first_loss.abs().clamp_min(1): return
-    if hasattr(self.learn, 'lr_finder'):
-        if loss.isfinite(): return
-        raise CancelFitException
-    r = self.recorder
-    last = zip(r.metric_names[1:-1], r.values[-1]) if r.values else ()
-    before = ', '.join(f'{k} {v:.4g}' for k,v in last)
+    finding = hasattr(self.learn, 'lr_finder')
+    if finding and loss.isfinite(): return
+    if finding: raise CancelFitException
+    last = zip(self.recorder.metric_names[1:-1], [[], *self.recorder.values][-1])
+    before = ', '.join(f'{k} {v:.4g}' for k,v in last) or 'none'
     raise AderError(f'the loss of {type(self).__name__} became {loss.item():.4g} in epoch '
-                    f'{self.epoch}, step {self.iter}' + f' (the last epoch: {before})'*bool(before) +
-                    '; try a lower learning rate, or clip the gradients (fastai: GradientClip)')
+                    f'{self.epoch}, step {self.iter} (the last epoch: {before}); try a lower '
+                    'learning rate, or clip the gradients (fastai: GradientClip)')
 
 # %% ../nbs/05_training.ipynb #a46b4196
 @patch
@@ -398,10 +341,9 @@ def state_dict(self:Method) -> dict:
 @patch
 def load_state_dict(self:Method, d:dict):
     "Take over what `state_dict` gave; to be called when a fit begins."
-    self.reset()
     self.terms.update({k: list(v) for k,v in d['terms'].items()})
     if d['weight'] is not None: self.weight.load_state_dict(d['weight'])
-    for k,v in d['tensors'].items(): setattr(self, k, v)
+    vars(self).update(d['tensors'])
 
 # %% ../nbs/05_training.ipynb #13ea7a02
 class Natural(Method):
@@ -418,7 +360,7 @@ class SAT(Method):
         return self.both_heads(lambda z: self.label_loss(z, y), self.student(x_adv))
 
 # %% ../nbs/05_training.ipynb #a9fe4dce
-class WeightEMA(Callback):
+class WeightEMA(_InFit):
     "Validates, and leaves after the fit, an exponential moving average of the weights."
     order, run_valid = 45, False # after `Method`
     def __init__(self,
@@ -426,7 +368,7 @@ class WeightEMA(Callback):
         monitor:str|None=None # leave the average of the epoch in which this metric was largest
     ):
         if not 0 <= decay < 1: raise AderError(f'decay must be at least 0 and below 1, got {decay}')
-        self.decay, self.monitor, self.mean = decay, monitor, None
+        self.decay, self.monitor = decay, monitor
 
     def average(self, means, now, _):
         if not means[0].is_floating_point(): return [a.copy_(b) for a,b in zip(means, now)]
@@ -434,40 +376,30 @@ class WeightEMA(Callback):
         torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + n)/(10 + n)))
 
     def before_fit(self):
-        if self.learn.lock.locked(): return # prediction or validation
-        self.trained = unwrap(self.learn.model)
+        self.trained, self.best = unwrap(self.learn.model), (None, None, None)
         self.mean = AveragedModel(self.trained, multi_avg_fn=self.average, use_buffers=True).eval()
-        self.best = self.record = self.weights = None
     def after_batch(self): self.mean.update_parameters(self.trained)
     def before_validate(self):
-        if not self.learn.lock.locked():
-            self._learning, self.learn.model = self.learn.model, self.mean.module
-    def after_validate(self):
-        if not self.learn.lock.locked(): self.learn.model = self._learning
+        self._learning, self.learn.model = self.learn.model, self.mean.module
+    def after_validate(self): self.learn.model = self._learning
     def after_epoch(self):
         if not self.monitor: return
-        names, record = self.recorder.metric_names[1:-1], list(self.recorder.log[1:])
-        if self.monitor not in names:
-            raise AderError(f'WeightEMA can monitor {", ".join(names)}, not {self.monitor!r}')
-        now = record[names.index(self.monitor)]
-        if self.best is not None and not now > self.best: return
-        self.best, self.record = now, record
-        self.weights = deepcopy(self.mean.module.state_dict())
+        row = dict(zip(self.recorder.metric_names[1:-1], self.recorder.log[1:]))
+        if self.monitor not in row:
+            raise AderError(f'WeightEMA can monitor {", ".join(row)}, not {self.monitor!r}')
+        now, best = row[self.monitor], self.best[0]
+        if best is None or now > best:
+            self.best = now, list(row.values()), deepcopy(self.mean.module.state_dict())
 
     def after_fit(self):
-        if self.learn.lock.locked(): return
-        self.trained.load_state_dict(self.weights or self.mean.module.state_dict())
-        if self.record: self.learn.final_record = L(self.record)
+        _, record, weights = self.best
+        self.trained.load_state_dict(weights or self.mean.module.state_dict())
+        if record: self.learn.final_record = L(record)
 
-# %% ../nbs/05_training.ipynb #bfe030db
-@patch
-def state_dict(self:WeightEMA) -> dict:
-    return dict(mean=self.mean.state_dict(), best=(self.best, self.record, self.weights))
-
-@patch
-def load_state_dict(self:WeightEMA, d:dict):
-    self.mean.load_state_dict(d['mean'])
-    self.best, self.record, self.weights = d['best']
+    def state_dict(self): return dict(mean=self.mean.state_dict(), best=self.best)
+    def load_state_dict(self, d):
+        self.mean.load_state_dict(d['mean'])
+        self.best = d['best']
 
 # %% ../nbs/05_training.ipynb #0fa2dc30
 class PrintEpochs(Callback):
@@ -476,7 +408,7 @@ class PrintEpochs(Callback):
     def before_train(self): self.since = time.perf_counter()
     def after_validate(self):
         if rank_and_world()[0]: return
-        names, values = self.recorder.metric_names[1:-1], self.recorder.log[1:]
-        cells = '   '.join(f'{k} {v:.4f}' for k,v in zip(names, values))
+        values = zip(self.recorder.metric_names[1:-1], self.recorder.log[1:])
+        cells = '   '.join(f'{k} {v:.4f}' for k,v in values)
         seconds = time.perf_counter() - self.since
         print(f'epoch {self.epoch+1:3d} of {self.n_epoch}   {cells}   {seconds:.1f} s', flush=True)
