@@ -390,7 +390,8 @@ def teachers_of(method:type) -> list[str]: # some of 'clean' and 'robust'
 
 def settings_of(method:type) -> dict: # name -> default
     "All other arguments of a method."
-    return {k: v for k,v in _parameters(method).items() if k not in ('clean', 'robust', 'teachers')}
+    no = 'clean', 'robust', 'teachers'
+    return {k: v for k,v in _parameters(method).items() if k not in no}
 
 # %% ../nbs/06_methods.ipynb #d17d93eb
 def make_method(
