@@ -14,7 +14,7 @@ from .losses import attention_kl, distillation_loss, soft_kl, teacher_loss
 from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square, Threat,
                           Transfer, paper_attacks)
 from .weighting import AdaptiveWeight, AnnealedWeight, ConstantWeight
-from .training import SAT, Method, Natural, WeightEMA
+from .training import AWP, SAT, Method, Natural, WeightEMA
 from .methods import (ADER, ARD, BMTARD, IAD, IGDM, MART, MTARD, RSLAD, SAAD, TRADES, AdaAD,
                           make_method, methods)
 from .plus import ADERPlus

@@ -415,10 +415,16 @@ class AutoAttack(_External):
     "The standard version of AutoAttack (Croce & Hein 2020)."
     threat:Threat = Threat() # what the attacker may do
     name:str|None = None # in tables; default: AutoAttack
+    only:str|None = None # one of its attacks, such as 'apgd-ce'; default: all
+
+    def parts(self, k:int) -> list: # for `k` classes; each attacks what the one before has left
+        second = {2: [], 3: ['apgd-dlr']}.get(k, ['apgd-t'])
+        parts = [self.only] if self.only else ['apgd-ce', *second, 'fab-t', 'square']
+        return [replace(self, name=f'{self!r}: {o}', only=o) for o in parts]
 
     def run(self, logits, x, y, k, bs, settings):
         from pyautoattack import AutoAttack as Standard
-        a, second = Standard(logits, **settings), {2: [], 3: ['apgd-dlr']}.get(k, ['apgd-t'])
-        a.attacks_to_run = ['apgd-ce', *second, 'fab-t', 'square']
+        a = Standard(logits, **settings)
+        a.attacks_to_run = [o.only for o in self.parts(k)]
         a.apgd_targeted.n_target_classes = a.fab.n_target_classes = min(9, k-1)
         return a.run_standard_evaluation(x, y, batch_size=bs)[0]

@@ -256,12 +256,15 @@ def _find_saved(path:str|Path) -> Path: # the common stem of its files
 
 # %% ../nbs/23_checkpoints.ipynb #89de68df
 def load(
-    path:str|Path, # as given to `save`; the folder it is in; or 'hf://user/name', of the Hub
+    path:str|Path, # as given to `save`; its folder; 'hf://user/name'; 'robustbench/NAME[/cifar100]'
     into:nn.Module|None=None, # load into this network; default: build it from the description
     device:str|torch.device='cpu' # where the network goes
 ) -> nn.Module: # in evaluation mode, with `metadata`
     "The network that was saved."
     from safetensors.torch import load as from_bytes
+    if str(path).startswith('robustbench/'):
+        from ader.teachers import from_robustbench
+        return from_robustbench(*str(path).split('/')[1:]).to(device)
     weights, about = saved_files(_find_saved(path))
     d, data = read_json(about), _read(weights)
     if hashlib.sha256(data).hexdigest() != d.get('sha256'):

@@ -98,9 +98,12 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
     search, bs, (x, y) = search_model or model, len(batches[0][1]), map(torch.cat, zip(*batches))
     ok = torch.ones_like(y, dtype=torch.bool) if attack is None else mask.to(y.device)
     key = file and _fingerprint(model, batches, attack, seed, getattr(search, 'dtype', None))
-    done, chunks = _read_progress(file, key), list(zip(*(o.split(_CHUNK) for o in (x, y, ok))))
-    for i,chunk in enumerate(progress_bar(chunks, display=progress, leave=False)):
-        if len(done['correct']) > i*_CHUNK: continue
+    size = _CHUNK//10 if hasattr(attack, 'parts') and x.device.type == 'cpu' else _CHUNK # slow ones
+    done, chunks = _read_progress(file, key), list(zip(*(o.split(size) for o in (x, y, ok))))
+    bar = progress_bar(chunks, display=progress, leave=False)
+    bar.comment = repr(attack or 'clean')
+    for i,chunk in enumerate(bar):
+        if len(done['correct']) > i*size: continue
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
         with _exact(), count_passes(model, search) as n:
@@ -139,8 +142,12 @@ def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None,
     search = FrozenCopy(net, batches[0][0], precision, compile)
     for name,a in zip(names, [None, *attacks]):
         clean, _ = results.get('clean', (None, None))
-        file = folder and Path(folder)/f'{_fingerprint(a or name)}.progress.json'
-        results[name] = _robust_mask(net, batches, a, seed, clean, file, progress, search)
+        ok, cost = clean, dict.fromkeys(_COST, 0)
+        for part in a.parts(k) if hasattr(a, 'parts') else [a]:
+            file = folder and Path(folder)/f'{_fingerprint(part or name)}.progress.json'
+            ok, more = _robust_mask(net, batches, part, seed, ok, file, progress, search)
+            cost = {c: cost[c] + more[c] for c in _COST}
+        results[name] = ok, cost
     return net, search, batches, results
 
 # %% ../nbs/07_evaluation.ipynb #96a31c81

@@ -198,7 +198,7 @@ def ader_fit(
     out:str='classifier', # folder to write to
     method:str=None, # of the student; default: ADERPlus where a teacher is given, else SAT
     student:str=None, # network, such as small_resnet:width=32; default: as the time allows
-    clean:str=None, # the same for the clean teacher; or a saved one: folder, file, hf://user/name
+    clean:str=None, # the same for the clean teacher; or a saved one: see `ader.checkpoints.load`
     robust:str=None, # likewise for the robust teacher
     size:int=None, # height and width to which images of a folder are brought; default: 32
     channels:int=None, # of the images of a folder: 3, or 1 for grey; default: 3
@@ -211,7 +211,7 @@ def ader_fit(
     method = method or ('ADERPlus' if clean or robust else 'SAT')
     parts = [*teachers_of(type(make_method(method, some, some))), 'student']
     saved = {k: load(v) for k,v in given.items()
-             if k in parts[:-1] and v and (Path(v).exists() or v.startswith('hf://'))}
+             if k in parts[:-1] and v and (Path(v).exists() or v.startswith(('hf://', 'robustbench/')))}
     asked = dict(data=str(data), method=method, size=size, channels=channels, eps=eps, seed=seed)
     out = check_folder(out)
     clock = Clock(out/'plan.json', minutes, **asked, **given)
