@@ -142,11 +142,11 @@ def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None,
     search = FrozenCopy(net, batches[0][0], precision, compile)
     for name,a in zip(names, [None, *attacks]):
         clean, _ = results.get('clean', (None, None))
-        ok, cost = clean, dict.fromkeys(_COST, 0)
+        ok, cost = clean, {}
         for part in a.parts(k) if hasattr(a, 'parts') else [a]:
             file = folder and Path(folder)/f'{_fingerprint(part or name)}.progress.json'
             ok, more = _robust_mask(net, batches, part, seed, ok, file, progress, search)
-            cost = {c: cost[c] + more[c] for c in _COST}
+            cost = {k: cost.get(k, 0) + v for k,v in more.items()}
         results[name] = ok, cost
     return net, search, batches, results
 
