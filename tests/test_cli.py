@@ -201,7 +201,7 @@ def test_attacks_on_request(flow, tmp_path):
 
 def test_several_networks_side_by_side(flow, tmp_path, capsys):
     nets = f'{flow/"student"/"student.json"},{flow/"clean"}'
-    argv = ['--data', flow/'stripes', '--images', 4, '--out', tmp_path]
+    argv = ['--data', flow/'stripes', '--images', 4, '--eps', 0.3, '--out', tmp_path]
     assert run('ader_evaluate', nets, *argv) == 0
     names = ['student', 'clean']
     files = [o for n in names for o in (n, f'{n}.images')]

@@ -3,6 +3,7 @@ import copy
 import pytest, torch
 from torch import nn
 from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer
+from ader.attention import add_attention
 from ader.networks import small_resnet
 from ader.sanity import by_class, report_page, robustness_report
 from ader.teachers import train
@@ -14,8 +15,9 @@ PGD = PGD_sat(Threat(0.2))
 @pytest.fixture(scope='module')
 def nets(all_digits, natural):
     torch.manual_seed(0)
-    learn = train(SAT(steps=3, step_size=0.1), small_resnet(width=8), all_digits, 5, progress=False)
-    return dict(natural=natural, sat=learn.model)
+    net = add_attention(small_resnet(width=8))
+    train(SAT(steps=3, step_size=0.1), net, all_digits, 5, progress=False)
+    return dict(natural=natural, sat=net)
 
 @pytest.fixture
 def report(all_digits):
