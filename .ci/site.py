@@ -39,7 +39,7 @@ def is_hook(module, name): # a method that a library calls by itself, such as fa
     theirs = [b for b in attrgetter(owner)(module).__mro__[1:] if not b.__module__.startswith(LIB)]
     return bool(re.match('(before|after)_(fit|epoch|train|validate|batch|pred|loss|backward|step|cancel)|(load_)?state_dict$', m)) or any(hasattr(b, m) for b in theirs)
 
-def inner(o): return getattr(o, 'fget', None) or getattr(o, 'func', o) # the function of a property
+def inner(o): return o.fget if isinstance(o, property) else o.func if isinstance(o, cached_property) else o # the function of a property
 
 def code(cell): return re.sub(r'^(#\|.*|%.*)\n?', '', ''.join(cell['source']), flags=re.M).strip('\n')
 def directives(cell): return dict(re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', ''.join(cell['source']), re.M)) if cell['cell_type'] == 'code' else {}
