@@ -10,7 +10,7 @@ from ader.speed import FrozenCopy, dtype_of
 from ader.methods import ADER, make_method, methods
 from ader.teachers import train
 from ader.evaluation import evaluate
-from ader.bench import bench_train
+from ader.bench import bench_epoch, bench_train
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
@@ -121,3 +121,4 @@ def test_ader_learns(precision):
 
 def test_the_benchmark_runs():
     assert bench_train(['ResNet-8'], ['small'], 3, device='cuda')[0]['ratio'] > 0
+    assert bench_epoch('ResNet-8', 'small', images=1000, device='cuda')['seconds'] > 0
