@@ -101,6 +101,7 @@ def _rank_slice(dl):
     try: yield
     finally: _slice.clear()
 
+# %% ../nbs/03_attacks.ipynb #871801ed
 def _draw(f, x:Tensor, generator, *size:int) -> Tensor: # (B, *size)
     "Random numbers by `f` (torch.rand, torch.randn) for the images `x`."
     rank, world, whole = _slice or (0, 1, len(x))

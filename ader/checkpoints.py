@@ -246,6 +246,7 @@ def _from_hub(name:str) -> str: # 'user/name' -> folder
         why = f'{type(e).__name__}: ' + str(e).strip().split('\n')[0][:200]
         raise AderError(f'hf://{name} could not be fetched ({why})') from None
 
+# %% ../nbs/23_checkpoints.ipynb #256b0558
 def _find_saved(path:str|Path) -> Path: # the common stem of its files
     p = Path(_from_hub(path[5:]) if str(path).startswith('hf://') else path)
     named = not p.is_dir() or p.name and all(f.is_file() for f in saved_files(p))

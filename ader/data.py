@@ -180,6 +180,7 @@ def _like(self:Images, x:Tensor, y:Tensor, labelled:bool=True): # other images o
     out.x, out.y, out.labelled = x, y, labelled
     return out
 
+# %% ../nbs/20_data.ipynb #c615a40c
 @patch
 def _from_items(self:Images, items:list): # tensors (C, H, W), files, PIL images; or (one, label)
     labelled, (C, *size) = isinstance(items[0], tuple), self.x.shape[1:]

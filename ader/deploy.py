@@ -220,6 +220,7 @@ def _load_several(paths:str|None) -> dict[str,nn.Module]: # separated by commas;
     once = lambda p: [o.stem for o,_ in nets].count(p.stem) == 1
     return {p.stem if once(p) else f'{p.parent.name}-{p.stem}': net for p,net in nets}
 
+# %% ../nbs/26_deploy.ipynb #570ecabf
 def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **kwargs):
     "`load_data` for a network with the metadata `m`, which says what is not said here."
     known = {'digits': 'digits', 'CIFAR-100': 'cifar100', 'CIFAR-10': 'cifar10'}
@@ -231,6 +232,7 @@ def _load_data(m:dict, data=None, size=None, channels=None, loader=load_data, **
         size, channels = size or tuple(image[1:]), channels or image[0]
     return loader(data, size=size, channels=channels, **kwargs)
 
+# %% ../nbs/26_deploy.ipynb #394d0435
 def _data_for(net:nn.Module, data:str|None=None, **kwargs): # -> fastai `DataLoaders`
     "The images that a network was made for, checked; `data`: a name or a folder."
     m, dls = net.metadata, _load_data(net.metadata, data, **kwargs)

@@ -39,6 +39,7 @@ def _batches(data): # -> iterable of (x, y, …)
     raise AderError(f"the images of {type(data).__name__} must be tensors; give it torchvision's"
                     ' ToTensor() as transform')
 
+# %% ../nbs/07_evaluation.ipynb #e3be760d
 def _first_batches(data, images:int|None, device) -> list[tuple[Tensor, Tensor]]:
     "Batches of the first `images` images of `data`, float32 on the device."
     out, left = [], 2**62 if images is None else images
@@ -175,6 +176,7 @@ def _plot(tables:dict[str,pd.DataFrame], **kwargs): # with one index -> matplotl
     return d.plot(yerr=ends, capsize=2, color=sns.color_palette('colorblind'), ylim=(0, 1),
                   ylabel='accuracy', **kwargs)
 
+# %% ../nbs/07_evaluation.ipynb #8fdbc7cd
 def plot_robustness(
     results:dict[str,pd.DataFrame]|pd.DataFrame, # tables of `evaluate` by network; or one table
     ax=None # matplotlib axes

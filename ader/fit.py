@@ -83,6 +83,7 @@ def _fresh(text:str, dls, seed:int=0): # -> network with attention, on the devic
     seed_everything(seed)
     return add_attention(net_from_text(text, dls)).to(dls.device)
 
+# %% ../nbs/30_fit.ipynb #d785b5fa
 def _method(part:str, name:str, teachers:dict, threat:Threat): # of a part of the plan
     inner = dict(threat=threat, steps=2, step_size=5/8*threat.eps)
     if part == 'student': return make_method(name, **teachers, **inner)
@@ -124,6 +125,7 @@ def _throughput(part, method, text, dls, epoch:float) -> dict: # of training, fr
     rate = _matmul_rate(dtype_of('auto', _fresh(text, dls)), dls.device)
     return dict(images_per_second=speed, share_of_matmul=speed*passes*m/rate)
 
+# %% ../nbs/30_fit.ipynb #55e2255e
 def _epochs(part, method, text, make, dls, clock, parts) -> int: # of a part, planned once
     if part not in clock.plan:
         epoch, one = measure_seconds(make(), _fresh(text, dls), dls)
@@ -138,6 +140,7 @@ def _epochs(part, method, text, make, dls, clock, parts) -> int: # of a part, pl
             print('This is too short to expect much: give it more --minutes.', flush=True)
     return clock.plan[part]['epochs']
 
+# %% ../nbs/30_fit.ipynb #b35c9bb7
 def _fit_part(part, method, text, make, dls, clock, parts, threat, seed, out):
     "The trained network of a part, or the one that was trained before."
     target = out/'parts'/part
@@ -184,6 +187,9 @@ def _write(out:Path, data, net, clock:Clock, report, auto):
     clock.note(finished=time.strftime('%Y-%m-%d'))
 
 # %% ../nbs/30_fit.ipynb #fc592887
+def _is_saved(text:str|None) -> bool: # a network with weights, not a description
+    return bool(text) and (Path(text).exists() or text.startswith(('hf://', 'robustbench/')))
+
 def _check_given(dls, given:dict, saved:dict) -> dict: # saved teachers, by part
     "Refuse a network that can't be built, or a teacher that does not suit the images."
     x, classes = dls.valid.one_batch()[0], dls.train.dataset.classes
@@ -210,8 +216,7 @@ def ader_fit(
     some, given = torch.nn.Identity(), dict(clean=clean, robust=robust, student=student)
     method = method or ('ADERPlus' if clean or robust else 'SAT')
     parts = [*teachers_of(type(make_method(method, some, some))), 'student']
-    saved = {k: load(v) for k,v in given.items()
-             if k in parts[:-1] and v and (Path(v).exists() or v.startswith(('hf://', 'robustbench/')))}
+    saved = {k: load(v) for k,v in given.items() if k in parts[:-1] and _is_saved(v)}
     asked = dict(data=str(data), method=method, size=size, channels=channels, eps=eps, seed=seed)
     out = check_folder(out)
     clock = Clock(out/'plan.json', minutes, **asked, **given)
@@ -227,8 +232,8 @@ def ader_fit(
         texts = clock.plan['nets'] | {k: v for k,v in given.items() if v}
         for part in left:
             make = partial(_method, part, method, dict(nets), threat)
-            nets[part] = _fit_part(part, method, texts[part], make, dls, clock, left, threat, seed,
-                                   out)
+            more = dls, clock, left, threat, seed, out
+            nets[part] = _fit_part(part, method, texts[part], make, *more)
         report, auto = _judge(nets['student'], dls, clock, threat, seed, out)
     _write(out, data, nets['student'], clock, report, auto)
     print(f'\n{report}' + ('' if auto is None else f'\n\n{auto.to_string(index=False)}'))

@@ -30,6 +30,7 @@ def temperature_for_confidence(
         lo, hi = torch.where(above, mid, lo), torch.where(above, hi, mid)
     return ((lo + hi)/2).exp()
 
+# %% ../nbs/11_ader_plus.ipynb #024d2790
 def equal_confidence(
     clean:Tensor, robust:Tensor, # (B, K) logits
     to:str|float='mean' # of their confidences; 'robust': that of the second; or a number

@@ -24,6 +24,7 @@ def _has_bfloat16(device:torch.device) -> bool: # natively
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == 'cpu' and cpu
 
+# %% ../nbs/22_speed.ipynb #353aa3ee
 def dtype_of(precision:str, net:nn.Module) -> torch.dtype: # 'auto', 'float32' or 'bfloat16'
     "The type that `net` computes in; 'auto' is bfloat16 where the hardware multiplies it natively."
     if precision not in ('auto', 'float32', 'bfloat16'):
