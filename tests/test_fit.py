@@ -27,7 +27,7 @@ class Killed(BaseException): pass
 def done(photos, tmp_path_factory):
     "Killed after the student's first epoch, and given again."
     out, note, seen = tmp_path_factory.mktemp('out'), Clock.note, []
-    argv = [str(photos), '--minutes', '0.55', '--out', str(out), '--eps', '8/255']
+    argv = [str(photos), '--minutes', '0.55', '--out', str(out), '--eps', '8/255', '--method', 'ADERPlus']
     def killer(self, **plan):
         note(self, **plan)
         if not plan and 'student' in self.plan: seen.append(self.used)
