@@ -101,9 +101,7 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
     key = file and _fingerprint(model, batches, attack, seed, getattr(search, 'dtype', None))
     size = _CHUNK//10 if hasattr(attack, 'parts') and x.device.type == 'cpu' else _CHUNK # slow ones
     done, chunks = _read_progress(file, key), list(zip(*(o.split(size) for o in (x, y, ok))))
-    bar = progress_bar(chunks, display=progress, leave=False)
-    bar.comment = repr(attack or 'clean')
-    for i,chunk in enumerate(bar):
+    for i,chunk in enumerate(progress_bar(chunks, display=progress, leave=False)):
         if len(done['correct']) > i*size: continue
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
@@ -213,8 +211,9 @@ def plot_curves(
 ): # -> matplotlib axes
     "Accuracy against ε, with 95% intervals."
     nets = {k: o.set_index('eps') for k,o in curves.groupby('net', sort=False)}
-    ax = _plot(nets, ax=ax, figsize=None if ax else (6, 3.6), xlabel='ε',
-               style=['o-', 's-', 'D-', 'X-', '^-', 'v-', 'P-'])
+    ax = _plot(nets, ax=ax, figsize=None if ax else (6, 3.6), xlabel='ε')
+    for o,marker in zip(ax.containers, 'osDX^vP'*9): o[0].set_marker(marker)
+    ax.legend()
     if eps: ax.axvline(eps, c='0.5', ls=':', lw=1)
     return ax
 

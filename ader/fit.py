@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from .attacks import AutoAttack, Threat
 from .attention import add_attention
-from .bench import _matmul_rate
 from .checkpoints import (atomic_write, check_folder, load, read_json, remove_temp_files, save,
                               saved_files, seed_everything, versions)
 from .data import AderError, load_data
@@ -119,11 +118,13 @@ class _Lines(Callback): # of progress
 def _throughput(part, method, text, dls, epoch:float) -> dict: # of training, from an epoch's seconds
     "Images a second, and the share of the rate at which this device multiplies large matrices."
     size = dls.train.dataset.x.shape[1:]
-    m = multiply_adds(_fresh(text, dls), size)
+    net, n = _fresh(text, dls), 8192 if dls.device.type == 'cuda' else 1024
+    a = torch.randn(n, n, device=dls.device, dtype=dtype_of('auto', net))
+    def seconds(start): return (a@a)[0,0].item(), time.perf_counter() - start
+    rate = n**3/min(seconds(time.perf_counter())[1] for _ in range(5))
     passes = dict(clean=3, robust=7).get(part, 7 if method == 'SAT' else 10) # forward ones count 1
     speed = len(dls.train.dataset)/epoch
-    rate = _matmul_rate(dtype_of('auto', _fresh(text, dls)), dls.device)
-    return dict(images_per_second=speed, share_of_matmul=speed*passes*m/rate)
+    return dict(images_per_second=speed, share_of_matmul=speed*passes*multiply_adds(net, size)/rate)
 
 # %% ../nbs/30_fit.ipynb #55e2255e
 def _epochs(part, method, text, make, dls, clock, parts) -> int: # of a part, planned once
