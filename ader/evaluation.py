@@ -101,7 +101,8 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
     key = file and _fingerprint(model, batches, attack, seed, getattr(search, 'dtype', None))
     size = _CHUNK//10 if hasattr(attack, 'parts') and x.device.type == 'cpu' else _CHUNK # slow ones
     done, chunks = _read_progress(file, key), list(zip(*(o.split(size) for o in (x, y, ok))))
-    for i,chunk in enumerate(progress_bar(chunks, display=progress, leave=False)):
+    bar = progress_bar(chunks, leave=False) if progress else chunks
+    for i,chunk in enumerate(bar):
         if len(done['correct']) > i*size: continue
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
