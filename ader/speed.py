@@ -7,6 +7,7 @@ __all__ = ['dtype_of', 'run_in', 'unwrap', 'FrozenCopy', 'one_thread', 'Replay',
 
 # %% ../nbs/22_speed.ipynb #9f9bdbd4
 import copy, torch
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from fastcore.basics import patch
 from functools import partial
@@ -65,7 +66,9 @@ def _conv_bn_pairs(net:nn.Module, x:Tensor) -> list[tuple[str,str]]: # names of 
             if isinstance(m, nn.Conv2d) or _is_foldable(m):
                 hooks.enter_context(m.register_forward_hook(partial(observe, n)))
         net(x)
-    return [p for p in pairs if all(used.count(n) == 1 for n in p)]
+    owners = Counter(id(w) for _,w in net.named_parameters(remove_duplicate=False))
+    alone = lambda conv: owners[id(net.get_submodule(conv).weight)] <= 1
+    return [p for p in pairs if all(used.count(n) == 1 for n in p) and alone(p[0])]
 
 def _is_foldable(m): return isinstance(m, nn.BatchNorm2d) and m.running_mean is not None
 

@@ -2,7 +2,6 @@
 import json, os, pytest, signal, sys
 from pathlib import Path
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from ader import reproduce
 from ader.data import AderError
 from ader.samples import sample_net
@@ -123,8 +122,7 @@ def test_killed_and_continued(tmp_path):
 
 # ---- side by side
 
-def test_a_pool_of_processes(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, 'get_context', lambda _: get_context('fork')) # which saves the imports
+def test_a_pool_of_processes(done, tmp_path):
     assert run_all([student()], tmp_path, workers=2) == {}
     a, b = (read_records(o)[student().id] for o in (done, tmp_path))
     assert a.weights == b.weights
