@@ -24,7 +24,7 @@ def sample_images(
         pixels = [torch.tensor(_decode(z.open(f), (32, 32), 3)) for f in names[:n]]
     classes = [f.split('/')[0] for f in names]
     y = torch.tensor([sorted({*classes}).index(c) for c in classes[:n]])
-    return as_float(torch.stack(pixels).permute(0,3,1,2)), y, sorted({*classes})
+    return as_float(torch.stack(pixels)), y, sorted({*classes})
 
 # %% ../nbs/20b_samples.ipynb #6a2ad27c
 def sample_net(

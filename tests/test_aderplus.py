@@ -7,7 +7,7 @@ from torch import nn
 from ader.data import AderError
 from ader.attention import forward_with_attention
 from ader.weighting import ConstantWeight
-from ader.training import SAT, WeightEMA
+from ader.training import AWP, SAT, WeightEMA
 from ader.methods import TRADES
 from ader.plus import ADERPlus, confidence, temperature_for_confidence
 
@@ -122,3 +122,21 @@ def test_a_plain_learner(plain, small):
 @pytest.mark.parametrize('decay', [-0.1, 1., 2.])
 def test_bad_decay(decay):
     with pytest.raises(AderError, match='decay must be at least 0 and below 1'): WeightEMA(decay)
+
+
+# ---- adversarial weight perturbation
+
+def test_awp_moves_the_gradient_and_nothing_else(net, small):
+    "Before its first epoch training is the same bit for bit; afterwards another."
+    def weights(*cbs):
+        torch.manual_seed(0)
+        learn = quiet(Learner(small(), net(), cbs=[SAT(steps=1), *cbs], lr=1e-2))
+        learn.fit(1)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    plain, moved = weights(), weights(AWP(0.05))
+    assert torch.equal(weights(AWP(0.05, start=1)), plain)
+    assert moved.isfinite().all() and not torch.allclose(moved, plain)
+
+def test_awp_refuses(net, small):
+    with pytest.raises(AderError, match='above 0'): AWP(0)
+    with pytest.raises(AderError, match='needs a method'): quiet(Learner(small(), net(), cbs=AWP())).fit(1)

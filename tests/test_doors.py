@@ -257,7 +257,11 @@ class Tied(nn.Module):
         x = self.n(self.b(self.a(x))).relu()
         return self.head(self.m(self.c(x)).relu().mean((2, 3)))
 
-def test_shared_weights(d): assert copied(Tied(), d) < 1e-5
+def test_shared_weights(d):
+    assert copied(Tied(), d) < 1e-5
+    folded = [k for k,m in FrozenCopy(Tied().eval(), d.test.dataset[:8][0], 'float32').named_modules()
+              if isinstance(m, nn.BatchNorm2d)]
+    assert len(folded) == 2 # neither went into a convolution
 
 class Scaled(nn.Module):
     def __init__(self):

@@ -2,7 +2,7 @@
 import copy, json
 import pandas as pd, pytest, torch
 from torch import nn
-from ader.attacks import FGSM, PGD, PGD_sat, Threat
+from ader.attacks import FGSM, PGD, AutoAttack, PGD_sat, Threat
 from ader.attention import add_attention
 from ader.data import AderError, Batches, Images
 from ader.evaluation import (accuracy_curves, compare, evaluate, markdown_table, plot_robustness,
@@ -178,3 +178,17 @@ def test_what_a_teacher_can_be(percent, n, roles):
     rows = [(a, k/100, *wilson(k*n//100, n)) for a,k in zip(names, percent)]
     d = pd.DataFrame(rows, columns=['attack', 'accuracy', 'low', 'high'])
     assert [k for k,(ok,_) in _judge_teacher(d, 0.1).items() if ok] == roles
+
+
+def test_autoattack_goes_on_in_the_middle(net, run, tmp_path, monkeypatch):
+    "Each of its four attacks has its progress; only what is missing is done again."
+    attack, own, done = AutoAttack(Threat(0.05)), AutoAttack.run, []
+    def noted(self, *args): return done.append(self.only) or own(self, *args)
+    monkeypatch.setattr(AutoAttack, 'run', noted)
+    whole = lambda: run(net, attacks=[attack], images=20, folder=tmp_path)
+    first = whole()
+    assert done == ['apgd-ce', 'apgd-t', 'fab-t', 'square'] and first.accuracy[1] > 0
+    assert whole().equals(first) and len(done) == 4
+    last = max(tmp_path.glob('*.progress.json'), key=lambda o: o.stat().st_mtime)
+    last.unlink()
+    assert whole().equals(first) and done[4:] == ['square']

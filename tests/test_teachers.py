@@ -278,3 +278,11 @@ def test_without_robustbench(monkeypatch):
     monkeypatch.setitem(sys.modules, 'robustbench', None)
     with pytest.raises(AderError, match=r"pip install 'ader-distill\[robustbench\]'"):
         from_robustbench('Gowal2020Uncovering_70_16_extra')
+
+def test_a_name_of_the_zoo_where_a_saved_network_goes(monkeypatch):
+    import ader.teachers
+    from ader.checkpoints import load
+    net, asked = small_resnet(width=4), []
+    monkeypatch.setattr(ader.teachers, 'from_robustbench', lambda *a: asked.append(a) or net)
+    assert load('robustbench/Wang2023Better_WRN-28-10/cifar100') is net
+    assert asked == [('Wang2023Better_WRN-28-10', 'cifar100')]
