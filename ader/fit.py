@@ -118,10 +118,9 @@ class _Lines(Callback): # of progress
 def _throughput(part, method, text, dls, epoch:float) -> dict: # of training, from an epoch's seconds
     "Images a second, and the share of the rate at which this device multiplies large matrices."
     size = dls.train.dataset.x.shape[1:]
-    net, n = _fresh(text, dls), 8192 if dls.device.type == 'cuda' else 1024
-    a = torch.randn(n, n, device=dls.device, dtype=dtype_of('auto', net))
-    def seconds(start): return (a@a)[0,0].item(), time.perf_counter() - start
-    rate = n**3/min(seconds(time.perf_counter())[1] for _ in range(5))
+    from ader.bench import _matmul_rate # which imports what training does without
+    net = _fresh(text, dls)
+    rate = _matmul_rate(dtype_of('auto', net), dls.device, 1024 if dls.device.type == 'cpu' else 8192)
     passes = dict(clean=3, robust=7).get(part, 7 if method == 'SAT' else 10) # forward ones count 1
     speed = len(dls.train.dataset)/epoch
     return dict(images_per_second=speed, share_of_matmul=speed*passes*multiply_adds(net, size)/rate)

@@ -8,7 +8,7 @@ __all__ = ['Method', 'Accuracy', 'Natural', 'SAT', 'WeightEMA', 'PrintEpochs', '
 # %% ../nbs/05_training.ipynb #569d9fa9
 import math, pandas as pd, time, torch
 from collections import defaultdict
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -432,9 +432,12 @@ class AWP(_InFit):
     def before_step(self):
         if self.epoch < self.start: return
         ws = [w for w in self.model.parameters() if w.ndim > 1 and w.grad is not None]
-        before = [w.detach().clone() for w in ws]
+        kept = [(o, o.detach().clone()) for o in (*ws, *self.model.buffers())] # and batch statistics
         with torch.no_grad():
             for w in ws: w += self.gamma*w.norm()/w.grad.norm().clamp_min(1e-12)*w.grad
         self.learn.opt.zero_grad()
-        self.method.loss(*self.batch).backward()
-        with torch.no_grad(): torch._foreach_copy_(ws, before)
+        twin = copy(self.method) # this second loss is not logged and moves no ω
+        twin.terms, twin.weight = defaultdict(list), deepcopy(vars(twin).get('weight'))
+        twin.loss(*self.batch).backward()
+        with torch.no_grad():
+            for o,before in kept: o.copy_(before)

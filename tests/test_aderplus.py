@@ -8,7 +8,7 @@ from ader.data import AderError
 from ader.attention import forward_with_attention
 from ader.weighting import ConstantWeight
 from ader.training import AWP, SAT, WeightEMA
-from ader.methods import TRADES
+from ader.methods import ADER, TRADES
 from ader.plus import ADERPlus, confidence, temperature_for_confidence
 
 def log_softmax(z): z = z - z.max(1, keepdims=True); return z - np.log(np.exp(z).sum(1, keepdims=True))
@@ -136,6 +136,16 @@ def test_awp_moves_the_gradient_and_nothing_else(net, small):
     plain, moved = weights(), weights(AWP(0.05))
     assert torch.equal(weights(AWP(0.05, start=1)), plain)
     assert moved.isfinite().all() and not torch.allclose(moved, plain)
+
+def test_awp_logs_a_step_once(net, small):
+    "The second loss of a step is in no table, and the adaptive ω moves once a step."
+    def history(*cbs):
+        torch.manual_seed(0)
+        m = ADER(net().eval(), net().eval(), steps=1)
+        learn = quiet(Learner(small(), net(), cbs=[m, *cbs], lr=0.))
+        learn.fit(1)
+        return m.history()
+    assert history().equals(history(AWP(0.05))) # at a learning rate of 0 nothing else can differ
 
 def test_awp_refuses(net, small):
     with pytest.raises(AderError, match='above 0'): AWP(0)
