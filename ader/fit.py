@@ -115,12 +115,13 @@ class _Lines(Callback): # of progress
         self.clock.note()
 
 # %% ../nbs/30_fit.ipynb #416fd76b
-def _throughput(part, method, text, dls, epoch:float) -> dict: # of training, from an epoch's seconds
+def _throughput(part, method, text, dls, epoch:float) -> dict: # from an epoch's seconds
     "Images a second, and the share of the rate at which this device multiplies large matrices."
     size = dls.train.dataset.x.shape[1:]
     from ader.bench import _matmul_rate # which imports what training does without
     net = _fresh(text, dls)
-    rate = _matmul_rate(dtype_of('auto', net), dls.device, 1024 if dls.device.type == 'cpu' else 8192)
+    n = 1024 if dls.device.type == 'cpu' else 8192
+    rate = _matmul_rate(dtype_of('auto', net), dls.device, n)
     passes = dict(clean=3, robust=7).get(part, 7 if method == 'SAT' else 10) # forward ones count 1
     speed = len(dls.train.dataset)/epoch
     return dict(images_per_second=speed, share_of_matmul=speed*passes*multiply_adds(net, size)/rate)
@@ -174,7 +175,8 @@ def _write(out:Path, data, net, clock:Clock, report, auto):
     scores = report.table.set_index('attack').accuracy.to_dict()
     save(net, out/'student', test=dict(scores, images=len(report.y), verdict=report.verdict))
     onnx = all(map(importlib.util.find_spec, ('onnx', 'onnxruntime', 'onnxscript')))
-    with redirect_stdout(io.StringIO()): ader_export(str(out/'student'), onnx, data=str(data), out=str(out))
+    with redirect_stdout(io.StringIO()):
+        ader_export(str(out/'student'), onnx, data=str(data), out=str(out))
     if not onnx: print("for an ONNX file: pip install 'ader-distill[onnx]', then ader_export")
     rows = lambda t: [] if t is None else t.to_dict('records')
     record = dict(

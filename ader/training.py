@@ -432,7 +432,8 @@ class AWP(_InFit):
     def before_step(self):
         if self.epoch < self.start: return
         ws = [w for w in self.model.parameters() if w.ndim > 1 and w.grad is not None]
-        kept = [(o, o.detach().clone()) for o in (*ws, *self.model.buffers())] # and batch statistics
+        state = *ws, *self.model.buffers() # and batch statistics
+        kept = [(o, o.detach().clone()) for o in state]
         with torch.no_grad():
             for w in ws: w += self.gamma*w.norm()/w.grad.norm().clamp_min(1e-12)*w.grad
         self.learn.opt.zero_grad()
