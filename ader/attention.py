@@ -86,6 +86,7 @@ def show_attention(
     x:Tensor, # (B, C, H, W) images in [0, 1]
     *maps:Tensor, # (B, 1, h, w) attention maps, any resolution; a row each
     titles:list|None=None, names:list|None=None, # one for each image; one for each row
+    signed:int=0, # so many of the first maps are changes of pixels: drawn alone, around 0
     size:float=1. # inches an image
 ): # -> matplotlib figure
     "Images, and below them their attention maps laid over them, with one colour scale a row."
@@ -95,12 +96,13 @@ def show_attention(
     fig, axs = plt.subplots(rows, n, figsize=inches, squeeze=False, layout='constrained')
     grey = dict(cmap='gray', vmin=0, vmax=1, interpolation='nearest')
     for ax,o in zip(axs[0], x): ax.imshow(o.permute(1,2,0), **grey)
-    for row,m in zip(axs[1:], maps):
+    for i,(row,m) in enumerate(zip(axs[1:], maps)):
         m = nn.functional.interpolate(m.detach().float().cpu(), x.shape[2:], mode='bilinear')
-        heat = grey | dict(cmap='inferno', vmin=m.min(), vmax=m.max(), alpha=0.6)
+        heat, top = dict(cmap='inferno', vmin=m.min(), vmax=m.max(), alpha=0.6), m.abs().max()
+        if i < signed: heat = dict(cmap='RdBu_r', vmin=-top, vmax=top, alpha=1)
         for ax,image,(o,) in zip(row, x.mean(1), m):
             ax.imshow(image, **grey)
-            colors = ax.imshow(o, **heat)
+            colors = ax.imshow(o, **grey | heat)
         fig.colorbar(colors, cax=row[-1].inset_axes([1.06, 0, 0.08, 1]))
     for ax,title in zip(axs[0], titles or []): ax.set_title(title, fontsize=9)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])

@@ -223,30 +223,21 @@ def show_attacked(
     model:nn.Module, # images in [0, 1] -> logits
     dl, # batches (x, y), for example `dls.test`
     attack=None, # default: PGD_sat within the customary threat of the data
-    n:int=8, seed:int=0 # images; of the attack's start
+    n:int=4, seed:int=0 # images; of the attack's start
 ): # -> matplotlib figure
-    "Images clean and attacked, the perturbation (scaled), predictions and attention maps."
-    import matplotlib.pyplot as plt
+    "Images clean and attacked, side by side: predictions, what was added, and attention maps."
     (x, y), *_ = _first_batches(dl, n, next(model.parameters()).device)
     rng = torch.Generator(x.device).manual_seed(seed)
     x_adv = (attack or PGD_sat(_threat_of(dl)))(model, x, y, rng)
-    with frozen(model), torch.no_grad():
-        out, out_adv = (forward_with_attention(model, o) for o in (x, x_adv))
-    d, classes = x_adv - x, data_facts(dl)[1] or range(out.logits.shape[1])
-    rows = dict(clean=x, attacked=x_adv, difference=0.5 + d/(2*d.abs().amax().clamp_min(1e-9)))
-    if out.attention is not None:
-        rows |= {'attention': out.attention, 'under attack': out_adv.attention}
-    size = len(x)*1.05 + 1, len(rows)*1.2
-    fig, axs = plt.subplots(len(rows), len(x), figsize=size, squeeze=False)
-    for i,(row,(name,images)) in enumerate(zip(axs, rows.items())):
-        row[0].set_ylabel(name, fontsize=9, rotation=0, ha='right', va='center')
-        style = dict(cmap='RdBu' if i == 2 else 'gray', vmin=0, vmax=1) if i < 3 else {}
-        for ax,im in zip(row, images.detach().cpu()): ax.imshow(im.permute(1,2,0), **style)
-        for ax in row: ax.set(xticks=[], yticks=[])
-    for row,o in zip(axs, (out, out_adv)):
-        for ax,k,t in zip(row, o.logits.argmax(1).tolist(), y.tolist()):
-            ax.set_title(classes[k], fontsize=9, color='C0' if k == t else 'C3')
-    fig.tight_layout(pad=0.3)
+    both = torch.stack([x, x_adv], 1).flatten(0, 1)
+    with frozen(model), torch.no_grad(): out = forward_with_attention(model, both)
+    added, classes = (both - x.repeat_interleave(2, 0)).mean(1, keepdim=True), data_facts(dl)[1]
+    maps = [added] if out.attention is None else [added, out.attention]
+    best, names = out.logits.argmax(1).tolist(), ['', 'added', 'attention']
+    titles = [classes[k] if classes else k for k in best]
+    fig = show_attention(both, *maps, titles=titles, names=names, signed=1)
+    for ax,k,t in zip(fig.axes, best, y.repeat_interleave(2).tolist()):
+        ax.title.set_color('#0173b2' if k == t else '#d55e00')
     return fig
 
 # %% ../nbs/07_evaluation.ipynb #5b333212

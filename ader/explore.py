@@ -24,7 +24,7 @@ def _attack_view(net, x, y, eps, steps, norm): # -> AttentionOutput of the attac
 def attack_strip(
     net:nn.Module, # images in [0, 1] -> logits
     x:Tensor, y:int, # (C, H, W) one image, uint8 or in [0, 1]; its class
-    eps:float|list=(0, 0.02, 0.05, 0.1, 0.2, 0.3), # radius in pixels of [0, 1], a column each
+    eps:float|list=(0, 1/255, 2/255, 4/255, 8/255, 16/255), # radius in pixels, a column each
     steps:int|list=10, # of the attack, each ε/4 long; a number, or one for each column
     classes:list|None=None, norm:str='Linf' # names of the classes; of the ball, see `Threat`
 ): # -> matplotlib figure
@@ -34,13 +34,11 @@ def attack_strip(
     images, best = torch.stack(images).cpu(), [o.logits[0].softmax(0).max(0) for o in outs]
     added, maps = (images - as_float(x).cpu()).mean(1, keepdim=True), [o.attention for o in outs]
     maps = [added] if maps[0] is None else [added, torch.cat(maps)]
-    titles = [f'ε = {e:.3g}, {s} steps\n{classes[k] if classes else k}, {p:.0%}'
+    titles = [f'ε = {255*e:.3g}/255, {s} steps\n{classes[k] if classes else k}, {p:.0%}'
               for e,s,(p,k) in zip(eps, steps, best)]
     names = 'image', 'added', 'attention'
-    fig = show_attention(images, *maps, titles=titles, names=names, size=1.35)
+    fig = show_attention(images, *maps, titles=titles, names=names, signed=1, size=1.35)
     for ax,(_,k) in zip(fig.axes, best): ax.title.set_color('#0173b2' if k == y else '#d55e00')
-    top = added.abs().max().item() or 1
-    for ax in fig.axes[len(eps):2*len(eps)]: ax.images[0].set(cmap='RdBu_r', clim=(-top, top))
     return fig
 
 # %% ../nbs/02b_explore.ipynb #c0ba1758
@@ -54,12 +52,12 @@ def _is_interactive() -> bool: # whether a person sits at a notebook that shows 
 # %% ../nbs/02b_explore.ipynb #d3fe5492
 def explore(
     net:nn.Module, x:Tensor, y:int, # as of `attack_strip`
-    eps:float=0.3, steps:int=40, # ends of the sliders
+    eps:float=16/255, steps:int=40, # ends of the sliders
     **kwargs # of `attack_strip`: classes, norm
 ): # -> None after showing sliders; the figure of `attack_strip` where there is nobody to move them
     "Move ε and the number of steps of an attack on one image."
     if not _is_interactive():
-        columns = [round(eps*o, 4) for o in (0, 0.1, 0.2, 0.4, 0.7, 1)]
+        columns = [eps*o/16 for o in (0, 1, 2, 4, 8, 16)]
         fig = attack_strip(net, x, y, columns, **kwargs)
         plt.close(fig) # shown once, as the value of the cell
         return fig
@@ -67,5 +65,5 @@ def explore(
     def draw(ε, n):
         attack_strip(net, x, y, ε, n, **kwargs)
         plt.show()
-    slider = FloatSlider(0, min=0, max=eps, step=eps/60, readout_format='.3f')
+    slider = FloatSlider(0, min=0, max=eps, step=eps/64, readout_format='.3f')
     interact(draw, ε=slider, n=IntSlider(10, min=0, max=steps, description='steps'))

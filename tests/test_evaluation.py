@@ -149,9 +149,9 @@ def test_titles_are_predictions(net, all_digits):
     fig = show_attacked(net, all_digits.test, n=3)
     (x, y), = _first_batches(all_digits.test, 3, 'cpu')
     with torch.no_grad(): clean = net(x).argmax(1)
-    titles = [ax.title for ax in fig.axes[:3]]
+    titles = [ax.title for ax in fig.axes[:6:2]] # an attacked image follows each
     assert [t.get_text() for t in titles] == [str(k) for k in clean.tolist()]
-    assert [t.get_color() for t in titles] == ['C0' if k == t else 'C3' for k,t in zip(clean, y)]
+    assert [t.get_color() for t in titles] == ['#0173b2' if k == t else '#d55e00' for k,t in zip(clean, y)]
 
 
 def test_a_star_needs_a_clear_lead():

@@ -38,10 +38,10 @@ def test_networks(name):
     d = net.metadata
     assert has_attention(net) and not net.training and d['classes'] == classes and d['made'].endswith('.')
     with torch.no_grad(): clean = (net(x).argmax(1) == y).float().mean()
-    assert clean > 0.4 and d['accuracy']['clean'] > 0.5
+    assert clean > 0.4 and d['test']['clean'] > 0.5
     under = net(PGD_sat(Threat(8/255), 5)(net, x, y)).argmax(1) == y
-    if name == 'clean': assert under.float().mean() < 0.1 and d['accuracy']['PGD_sat'] < 0.05
-    else: assert under.float().mean() > 0.1 and d['accuracy']['PGD_sat'] > 0.25
+    if name == 'clean': assert under.float().mean() < 0.1 and d['test']['PGD_sat'] < 0.05
+    else: assert under.float().mean() > 0.1 and d['test']['PGD_sat'] > 0.25
 
 def test_other_names_are_refused():
     with pytest.raises(AderError, match="'clean', 'robust' or 'student', got 'adv'"): sample_net('adv')
