@@ -15,11 +15,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 from .attacks import PGD_sat, Threat
 from .attention import add_attention
 from .checkpoints import atomic_write, check_folder, read_json, seed_everything, versions
-from .data import AderError, Images, RandomCrop, RandomFlip, dataloaders, digits
+from .data import (AderError, Images, RandomCrop, RandomFlip, dataloaders, digits,
+                       _import_quietly)
 from .evaluation import evaluate
 from .loop import ader_loss, inner_max
 from .methods import ADER, TRADES, Natural
@@ -81,6 +81,7 @@ def _steps(student:str, teachers:str, bs:int=128, device='cpu', compile=False) -
 def in_turn(fs:dict, rounds:int=7) -> pd.DataFrame: # a row a round, a column a function: seconds
     "Time several functions without arguments in turn, by `torch.utils.benchmark`."
     n = torch.get_num_threads()
+    Timer = _import_quietly('torch.utils.benchmark').Timer
     timers = {k: Timer('f()', globals=dict(f=f), num_threads=n) for k,f in fs.items()}
     times = [{k: t.timeit(1).mean for k,t in timers.items()} for _ in range(rounds + 1)]
     return pd.DataFrame(times[1:]) # the first round warms up

@@ -8,7 +8,7 @@ __all__ = ['AderError', 'Images', 'as_float', 'check_images', 'check_labels', 'd
            'dataloaders', 'digits', 'image_folder', 'cifar10', 'cifar100', 'load_data']
 
 # %% ../nbs/20_data.ipynb #c9cff5f3
-import contextlib, copy, importlib, math, numpy as np, os, re, sys, torch, warnings
+import contextlib, copy, importlib, logging, math, numpy as np, os, re, sys, torch, warnings
 from fastcore.basics import patch
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -252,6 +252,7 @@ def all_reduce_mean(t:Tensor) -> Tensor: # the mean over all processes, same sha
 def _import_quietly(name:str): # without the warnings about `torch.jit` of torchvision and fastai
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
+        logging.getLogger('torch.utils.cpp_extension').setLevel('ERROR') # a missing GPU is no news
         return importlib.import_module(name)
 
 def _import_fastai(): return _import_quietly('fastai.basics')

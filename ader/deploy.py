@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from .attacks import PGD_sat, Threat, Transfer, frozen
 from .attention import forward_with_attention
 from .checkpoints import atomic_write, check_folder, load, save, versions
-from .data import AderError, as_float, check_images, load_data
+from .data import AderError, as_float, check_images, load_data, _import_quietly
 from .evaluation import _first_batches, compare, evaluate, markdown_table, wilson
 from .networks import count_params, multiply_adds
 from .speed import one_thread
@@ -174,7 +174,7 @@ def costs(
     rounds:int=11 # turns
 ) -> pd.DataFrame: # a row a network: bytes, parameters, multiply_adds, ms, ratio to the first
     "Size, parameters, multiply-adds and time of ONNX files, on one thread of this CPU."
-    from torch.utils.benchmark import Timer # it looks for a compiler, and may say so
+    Timer = _import_quietly('torch.utils.benchmark').Timer # it looks for a compiler
     with one_thread(): sessions = [onnx_session(o) for _,o in nets.values()]
     timers = [Timer('s.run(None, x)', globals=dict(s=s, x=_feed(s, x))) for s in sessions]
     time = lambda t: 1e3*t.blocked_autorange(min_run_time=0.02).median

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson', 'evaluate', 'plot_robustness', 'accuracy_curves', 'plot_curves', 'show_attacked', 'plot_attention',
-           'compare', 'markdown_table', 'TeacherCheck', 'check_teacher']
+           'compare', 'markdown_table', 'TeacherCheck', 'on_attacks', 'check_teacher']
 
 # %% ../nbs/07_evaluation.ipynb #29dc5dac
 import json, time, torch, pandas as pd
@@ -16,7 +16,7 @@ from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, check_output, count_passes, frozen,
-                          paper_attacks)
+                          kl, paper_attacks)
 from .attention import adapt_input, forward_with_attention, show_attention
 from .checkpoints import atomic_write
 from .data import AderError, as_float, check_images, check_labels, data_facts
@@ -303,13 +303,28 @@ class TeacherCheck:
     summary:str # why, a line a role
     def __repr__(self): return f'{compare({"%": self.scores}).T.to_string()}\n{self.summary}'
 
+# %% ../nbs/07_evaluation.ipynb #cbccdbff
+def on_attacks(
+    teacher:nn.Module, student:nn.Module, batches, # images in [0, 1] -> logits; of (x, y)
+    attack:PGD, seed:int=0 # on both of them; of its start
+) -> dict[str,float]: # entropy in nats, and aligned, a fraction
+    "What a teacher says about attacks on a student (Lee et al. 2026)."
+    (x, y), device = map(torch.cat, zip(*batches)), next(teacher.parameters()).device
+    x, y, student = x.to(device), y.to(device), student.to(device)
+    run = lambda net: attack(net, x, y, torch.Generator(device).manual_seed(seed))
+    z_s, z_t = run(student), run(teacher)
+    with frozen(teacher), torch.no_grad(): t, t_s, t_t = map(teacher, (x, z_s, z_t))
+    entropy = torch.special.entr(t_s.softmax(1)).sum(1).mean().item()
+    return dict(entropy=entropy, aligned=(kl(t, t_s) >= kl(t_t, t_s)).float().mean().item())
+
 # %% ../nbs/07_evaluation.ipynb #5d406cf0
 def check_teacher(
     teacher:nn.Module, # any classifier of images in [0, 1]
     dl, # batches (x, y), for example `dls.test`
     threat:Threat|None=None, # default: Linf with the customary ε of the data
     images:int|None=None, # only the first so many; default: all
-    seed:int=0, progress:bool=True # of the random starts; show a bar
+    seed:int=0, progress:bool=True, # of the random starts; show a bar
+    student:nn.Module|None=None # one like that which will learn from it: see `on_attacks`
 ) -> TeacherCheck: # also noted in the teacher's metadata
     "Measure a row of Table 1, and say what the network can be used for."
     threat, batches = threat or _threat_of(dl), _first_batches(dl, images, 'cpu')
@@ -325,8 +340,11 @@ def check_teacher(
     if expected is not None and not d.low[0] - 0.01 <= expected <= d.high[0] + 0.01:
         summary += (f'\nIt was published with {expected:.1%} and has {d.accuracy[0]:.1%} here: are '
                     'normalisation, activation, strides and order of classes as they were?')
+    more = {} if student is None else on_attacks(net, student, batches, PGD_sat(threat), seed)
+    if more: summary += ('\nOn attacks on the student: entropy {entropy:.2f} nats, and '
+                            '{aligned:.0%} move it as its own attack does.').format(**more)
     about = dict(data=data_facts(dl)[0], images=len(y), seed=seed,
-                 threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary)
+                 threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary, **more)
     teacher.metadata = getattr(teacher, 'metadata', {})
     teacher.metadata['verified'] = about | {a: round(o, 6) for a,o in zip(d.attack, d.accuracy)}
     return TeacherCheck(d, roles, summary)

@@ -162,14 +162,20 @@ def small_resnet(
     classes:int=10, # number of classes
     stages:int=2, # each after the first halves the resolution
     mean:float|list[float]=0.3, std:float|list[float]=0.35, # of the pixels
-    stem_stride:int=1 # of the first convolution; 2 leaves a quarter of the positions and the work
+    stem_stride:int=1, # of the first convolution; 2 leaves a quarter of the positions and the work
+    act:str='relu' # activation; 'silu' is smoother
 ) -> Net:
     "A small residual network."
+    if act not in ('relu', 'silu'): raise AderError(f"act must be 'relu' or 'silu', got {act!r}")
     if stages < 2: raise AderError(f'a residual net needs at least 2 stages, got {stages}')
     if stem_stride > 2: raise AderError(f'stem_stride must be 1 or 2, got {stem_stride}')
     _check_sizes(width=width*2**(stages-1))
     widths = [width*2**i for i in range(stages)]
-    return _resnet(widths, blocks, in_channels, classes, mean, std, stem_stride)
+    net = _resnet(widths, blocks, in_channels, classes, mean, std, stem_stride)
+    for m in [*net.modules()] if act == 'silu' else []:
+        for k,o in m.named_children():
+            if isinstance(o, nn.ReLU): setattr(m, k, nn.SiLU())
+    return net
 
 # %% ../nbs/21_networks.ipynb #ed4fce2e
 _MEAN, _STD = 0.47, 0.25 # of CIFAR's pixels; one number each, so that they fit any channels
