@@ -20,7 +20,7 @@ from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, check_output, coun
 from .attention import adapt_input, forward_with_attention, show_attention
 from .checkpoints import atomic_write
 from .data import AderError, as_float, check_images, check_labels, data_facts
-from .speed import FrozenCopy, _float32
+from .speed import FrozenCopy, dtype_of, _float32
 
 # %% ../nbs/07_evaluation.ipynb #a3bb6beb
 def wilson(correct:int, n:int) -> tuple[float, float]: # both ends, as fractions
@@ -98,7 +98,8 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
     if attack is not None and mask is None: mask, _ = _robust_mask(model, batches)
     search, bs, (x, y) = search_model or model, len(batches[0][1]), map(torch.cat, zip(*batches))
     ok = torch.ones_like(y, dtype=torch.bool) if attack is None else mask.to(y.device)
-    key = file and _fingerprint(model, batches, attack, seed, getattr(search, 'dtype', None))
+    nets = {model, search, low} if (low := getattr(search, 'low', None)) else {model, search}
+    key = file and _fingerprint(model, batches, attack, seed, len(nets))
     size = _CHUNK//10 if hasattr(attack, 'parts') and x.device.type == 'cpu' else _CHUNK # slow ones
     done, chunks = _read_progress(file, key), list(zip(*(o.split(size) for o in (x, y, ok))))
     bar = progress_bar(chunks, leave=False) if progress else chunks
@@ -106,7 +107,7 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
         if len(done['correct']) > i*size: continue
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
-        with _exact(), count_passes(model, search) as n:
+        with _exact(), count_passes(*nets) as n:
             correct = _still_correct(model, search, attack, *chunk, rng, bs)
         done['correct'] += correct.int().tolist()
         for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v
@@ -139,7 +140,9 @@ def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None,
         raise AderError(f'each attack needs a name of its own, got {", ".join(names[1:-1])}')
     with frozen(net): k = check_output(net, batches[0][0], data_facts(dl)[1])
     for x,y in batches: check_labels(y, x, k)
-    search = FrozenCopy(net, batches[0][0], precision, compile)
+    search = FrozenCopy(net, batches[0][0], 'float32', compile)
+    if dtype_of(precision, net) == torch.bfloat16:
+        search.low = FrozenCopy(net, batches[0][0], precision, compile)
     for name,a in zip(names, [None, *attacks]):
         clean, _ = results.get('clean', (None, None))
         ok, cost = clean, {}

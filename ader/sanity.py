@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from types import SimpleNamespace
 from .attacks import FGSM, PGD, CW_inf, Threat, ce, frozen, paper_attacks
 from .data import data_facts
-from .evaluation import (evaluate, plot_robustness, _fingerprint, _robust_mask, _run, _tabulate,
-                             _threat_of)
+from .evaluation import (evaluate, plot_robustness, wilson, _fingerprint, _robust_mask, _run,
+                             _tabulate, _threat_of)
 
 # %% ../nbs/08_sanity.ipynb #67439f7a
 Check = namedtuple('Check', 'name ok found why') # what should be, whether it is, measured how, why
@@ -100,6 +100,21 @@ def _sanity_checks(model, x, y, threat, black_box=(), seed=0, search=None) -> li
     counts = _count_correct(model, x, y, threat, black_box, seed, search)
     return _static_checks(model, x, y) + _attack_checks(counts, len(x))
 
+# %% ../nbs/08_sanity.ipynb #261b86db
+def _audit(net, search, x, y, masks, attacks, seed, n:int=200) -> list[Check]:
+    "Attack a tenth of the images that survived, at least 20 and at most `n`, in float32."
+    left = torch.stack([*masks.values()]).all(0).nonzero().flatten()
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
+    some = left[order[:min(max(len(left)//10, 20), n)]].to(y.device)
+    search.low, again = None, [a for a in attacks if isinstance(a, PGD)]
+    if not (len(some) and again): return []
+    ok = [_robust_mask(net, [(x[some], y[some])], a, seed, search_model=search)[0] for a in again]
+    lost, n = int((~torch.stack(ok).all(0)).sum()), len(some)
+    low, high = wilson(lost, n)
+    return [Check('bfloat16 misses little', lost <= max(2, 0.05*n), f'of {n} images that survived '
+                  f'{lost} fall to the attacks in float32 ({low:.1%} to {high:.1%})',
+                  'First steps with a less precise copy must find what precise ones do.')]
+
 # %% ../nbs/08_sanity.ipynb #c5b391b9
 @dataclass(frozen=True, repr=False)
 class Report:
@@ -140,16 +155,20 @@ def robustness_report(
 ) -> Report:
     "Accuracy, robust accuracy, and signs of gradient masking."
     threat, start = threat or _threat_of(dl), time.perf_counter()
-    attacks = [*(paper_attacks(threat) if attacks is None else attacks), *black_box]
-    net, search, batches, results = _run(model, dl, attacks, seed=seed, **kwargs)
+    own = paper_attacks(threat) if attacks is None else attacks
+    net, search, batches, results = _run(model, dl, [*own, *black_box], seed=seed, **kwargs)
     (x, y), found, masks = map(torch.cat, zip(*batches)), [], {k: ok for k,(ok,_) in results.items()}
-    some = masks['clean'].nonzero().flatten()[:checks].to(y.device)
-    if len(some): found = _sanity_checks(net, x[some], y[some], threat, black_box, seed, search)
+    some, low = masks['clean'].nonzero().flatten()[:checks].to(y.device), hasattr(search, 'low')
+    if low and checks: found = _audit(net, search, x, y, masks, own, seed)
+    if not all(c.ok for c in found): # then everything is done in float32
+        more = kwargs | dict(precision='float32', checks=checks, black_box=black_box, seed=seed)
+        return robustness_report(model, dl, own, threat, **more)
+    if len(some): found += _sanity_checks(net, x[some], y[some], threat, black_box, seed, search)
     name, classes, _ = data_facts(dl)
     settings = dict(
         data=name, threat=f'{threat.norm}, ε = {threat.eps:g}',
-        images=len(y), seed=seed, attacks=', '.join(map(repr, attacks)),
-        precision=str(search.dtype).removeprefix('torch.'), weights=_fingerprint(net),
+        images=len(y), seed=seed, attacks=', '.join(map(repr, [*own, *black_box])),
+        precision='bfloat16, finished in float32' if low else 'float32', weights=_fingerprint(net),
         seconds=round(time.perf_counter() - start, 1))
     classes = classes or list(range(int(y.max())+1))
     return Report(_tabulate(results), found, masks, y.cpu(), classes, settings)

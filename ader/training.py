@@ -9,6 +9,7 @@ __all__ = ['Method', 'Accuracy', 'Natural', 'SAT', 'WeightEMA', 'PrintEpochs', '
 import math, pandas as pd, time, torch
 from collections import defaultdict
 from copy import copy, deepcopy
+from dataclasses import replace
 from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,7 +53,7 @@ class Method(_InFit):
         self.teachers, self.precision, self.terms = teachers or {}, precision, defaultdict(list)
         self._copies, self._asked, self._graphs, self._own = {}, {}, {}, L()
         self._dtype, self._warned = dtype_of(precision, nn.Flatten()), ''
-        self._batch = self._first = self._hooked = None
+        self._batch = self._first = self._hooked = self._attacked = None
         self.training_attack(threat or Threat()) # refuses bad settings now
 
     def _set(self, most=math.inf, /, **values): # attributes between 0 and `most`
@@ -259,7 +260,7 @@ def before_batch(self:Method):
     self.replay('refresh', lambda x: self._copies['student'].refresh(), x)
     with _rank_slice(self.dl): x_adv = self.adversary(x, y)
     if self.iter == 0 and x_adv is not None: _check_float(x_adv, self.attack.threat, 1e-6)
-    self._batch = x, x_adv, y
+    self._batch, self._attacked = (x, x_adv, y), x_adv is not None
     if self.first_input: self._hook(dict(x=x, x_adv=x_adv)[self.first_input])
 
 # %% ../nbs/05_training.ipynb #23a6f0e7
@@ -328,6 +329,23 @@ def _check_loss(self:Method, loss:Tensor):
     raise AderError(f'the loss of {type(self).__name__} became {loss.item():.4g} in epoch '
                     f'{self.epoch}, step {self.iter} (the last epoch: {before}); try a lower '
                     'learning rate, or clip the gradients (fastai: GradientClip)')
+
+# %% ../nbs/05_training.ipynb #0731e757
+@patch
+def after_epoch(self:Method):
+    "End a training whose student withstands its own short attack and nothing longer."
+    log = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
+    attack = replace(self.attack, loss='ce', start='image') # draws no random numbers
+    whole = self.steps <= 3 and self.steps*attack.step_size >= attack.threat.eps
+    if not (self._attacked and whole and 'pgd-10' in log): return
+    x, y = (o.as_subclass(Tensor) for o in next(iter(self.dls.valid))[:2])
+    net = self.net
+    with frozen(net), torch.no_grad(): right = net(attack.perturb(net, x, y)).argmax(1) == y
+    short, long = all_reduce_mean(right.float().mean()).item(), log['pgd-10']
+    if short > 2*long + 0.2: raise AderError(
+        f'catastrophic overfitting in epoch {self.epoch}: on validation images {short:.0%} are '
+        f'correct under the attack of the training (steps={self.steps}) and {long:.0%} under ten '
+        'steps; take more steps, or a lower learning rate')
 
 # %% ../nbs/05_training.ipynb #a46b4196
 @patch

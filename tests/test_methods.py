@@ -553,3 +553,12 @@ def test_loss_that_is_not_finite(learner, bad):
     net, func = learn.model, learn.loss_func
     with pytest.raises(AderError, match='Explodes became (nan|inf) in epoch 1, step 2'): learn.fit(3)
     assert all(p.isfinite().all() for p in net.parameters()) and learn.model is net and getattr(learn.loss_func, 'plain', learn.loss_func) is func
+
+
+def test_catastrophic_overfitting_ends_the_training(learner, natural, monkeypatch):
+    "Correct under its own step and wrong under ten; a step that is too short to tell is left alone."
+    fit = lambda size: learner(SAT(Threat(0.01), 1, size), student=copy.deepcopy(natural), lr=1e-4).fit(1)
+    fit(0.0125)
+    monkeypatch.setattr('ader.training.Accuracy.share', lambda self: 0. if self.attack else 1.)
+    fit(0.005)
+    with pytest.raises(AderError, match='catastrophic overfitting in epoch 0: .* 0% under ten'): fit(0.0125)

@@ -2,7 +2,7 @@
 import copy
 import pytest, torch
 from torch import nn
-from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer
+from ader.attacks import FGSM, PGD_sat, Square, Threat, Transfer, PGD as Attack
 from ader.attention import add_attention
 from ader.networks import small_resnet
 from ader.sanity import by_class, report_page, robustness_report
@@ -80,7 +80,28 @@ def test_a_report_without_checks(nets, report):
     assert '<script' not in html and html.count('data:image/png') == 2
 
 
+def test_first_steps_in_bfloat16_are_audited(nets, report):
+    r = report(nets['sat'], images=100, precision='bfloat16', checks=10)
+    assert r.checks[0].name == 'bfloat16 misses little' and r.ok
+    exact = report(nets['sat'], images=100, precision='float32', checks=10)
+    assert abs(r['PGD_sat'] - exact['PGD_sat']) <= 0.02
+    assert len(exact.checks) == len(r.checks) - 1
+
+def test_where_bfloat16_misses_much_all_is_done_in_float32(nets, report, monkeypatch):
+    run = Attack._run_until_fooled
+    def lost(self, net, x, y, z, steps, bs): # first steps that find nothing, and end the attack
+        z, fooled = run(self, net, x, y, z, steps, bs)
+        return (x.clone(), fooled) if net.dtype == torch.bfloat16 else (z, fooled)
+    settings = dict(attacks=[Attack(Threat(0.2), 8, name='mine')], images=100, checks=10)
+    exact = report(nets['sat'], precision='float32', **settings)
+    monkeypatch.setattr(Attack, '_run_until_fooled', lost)
+    monkeypatch.setattr('ader.attacks._LOW', 0.99)
+    r = report(nets['sat'], precision='bfloat16', **settings)
+    assert r.settings['precision'] == 'float32' and r['mine'] == exact['mine']
+
+
 def test_settings_of_the_evaluation_are_passed_on(nets, report):
     r = report(nets['sat'], images=20, seed=3, precision='bfloat16', checks=0)
-    assert (r.settings['images'], r.settings['seed'], r.settings['precision']) == (20, 3, 'bfloat16')
+    assert (r.settings['images'], r.settings['seed']) == (20, 3)
+    assert r.settings['precision'] == 'bfloat16, finished in float32'
     with pytest.raises(TypeError): report(nets['sat'], epsilon=0.1)
