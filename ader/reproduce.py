@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAPS', 'TABLES', 'SCALES', 'one_cycle', 'step_schedule', 'Run', 'in_order', 'Record', 'read_records', 'load_net',
            'run_one', 'run_all', 'paper_numbers', 'plan', 'runs', 'measure_seconds', 'make_table', 'overview',
-           'table_markdown', 'plot_table', 'ader_table', 'ader_reproduce']
+           'table_markdown', 'ader_table', 'ader_reproduce']
 
 # %% ../nbs/28_reproduce.ipynb #aecfd26e
 import ader.attacks, ader.weighting, hashlib, json, platform, re, subprocess, time, torch
@@ -448,22 +448,6 @@ def table_markdown(
         t=TABLES[table], scale=SCALES[scale], table=markdown_table(d.set_index(d.columns[0])),
         found=[vars(o) for o in found], link=link,
         teachers=[t.net for r in found for t in r.run.teachers.values()])
-
-# %% ../nbs/28_reproduce.ipynb #a89a2ba1
-def plot_table(table:str, scale:str, records:dict, attack='PGD_sat', **kwargs): # see `make_table`
-    "Clean accuracy against that under `attack`, a point a run; up and to the right is better."
-    import matplotlib.pyplot as plt
-    _, ax = plt.subplots(figsize=(6, 3.8))
-    for (_, name),o in _found(table, scale, records, **kwargs).items():
-        rows = [(r['clean'], r[attack]) for r in o.values() if r[attack]]
-        if not rows: continue
-        x, y = (100*pd.DataFrame(c)[['accuracy', 'low', 'high']] for c in zip(*rows))
-        xerr, yerr = ((c.accuracy - c.low, c.high - c.accuracy) for c in (x, y))
-        ax.errorbar(x.accuracy, y.accuracy, yerr, xerr, 'o', label=MAPS.get(name, name))
-    ax.set(xlabel='clean accuracy (%)', ylabel=f'accuracy, {attack} (%)',
-           title=f'{table}, {scale} scale')
-    if ax.containers: ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    return ax
 
 # %% ../nbs/28_reproduce.ipynb #9ada7392
 def _options(seeds:str='0', only:str|None=None, epochs:int|None=None, images:int|None=None) -> dict:
