@@ -18,15 +18,13 @@ from torch.nn import functional as F
 from .attacks import AutoAttack, PGD_sat, Threat
 from .attention import add_attention
 from .checkpoints import atomic_write, check_folder, read_json, seed_everything, versions
-from .data import (AderError, Images, RandomCrop, RandomFlip, dataloaders, digits,
-                       _import_quietly)
+from .data import (AderError, Images, RandomCrop, RandomFlip, dataloaders, _import_quietly)
 from .evaluation import evaluate
 from .loop import ader_loss, inner_max
-from .methods import ADER, TRADES, Natural
+from .methods import ADER
 from .networks import mobilenet_v2, multiply_adds, resnet18, resnet56, small_resnet, wrn_34_10
 from .samples import sample_images, sample_net
 from .speed import dtype_of
-from .teachers import train
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
@@ -141,17 +139,6 @@ def bench_epoch(
     return dict(student=student, teachers=teachers, images=images, bs=bs, seconds=seconds,
                 images_per_second=speed, share_of_matmul=share)
 
-# %% ../nbs/29_bench.ipynb #a776a624
-def _digits32() -> list[Images]: # training, validation and test images
-    big = lambda o: F.interpolate(o.x, scale_factor=4).repeat(1, 3, 1, 1)
-    return [Images(big(o), o.y, o.classes, 'digits, 32×32', o.eps)
-            for o in (dl.dataset for dl in digits(device='cpu').loaders)]
-
-def _trained(method, epochs:int) -> nn.Module: # a ResNet-8
-    seed_everything(0)
-    dls = dataloaders(*_digits32(), bs=50, device='cpu')
-    return train(method, _small(1), dls, epochs, progress=False).model.eval()
-
 # %% ../nbs/29_bench.ipynb #8c5b7b08
 def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict:
     "By library, a function of images and labels that returns the accuracy under PGD."
@@ -191,21 +178,18 @@ def _autoattacks(net:nn.Module, threat:Threat) -> dict: # likewise, under AutoAt
     return dict(ader=ours, pyautoattack=alone)
 
 # %% ../nbs/29_bench.ipynb #ebb1b432
-def bench_eval(rounds:int=7, n:int=512, epochs:int=6) -> list[dict]: # epochs: robust network's
-    "PGD-20 by ours and by three libraries on `n` digits, and AutoAttack on an eighth as many photos."
-    threat, sets, rows = Threat(0.1), _digits32(), []
-    x, y = (torch.cat([getattr(o, k) for o in sets[1:]])[:n] for k in 'xy')
-    nets = dict(robust=_trained(TRADES(threat=threat), epochs),
-                natural=_trained(Natural(threat), 2))
-    cases = {k: (_evaluations(net, threat), x, y, rounds) for k,net in nets.items()}
-    photos, few = sample_images(n//8)[:2], min(rounds, 3)
-    cases['AutoAttack'] = _autoattacks(sample_net('robust'), Threat()), *photos, few
-    for kind,(fs,x,y,turns) in cases.items():
+def bench_eval(rounds:int=7, n:int=200) -> list[dict]: # n: photographs
+    "PGD-20 by ours and by three libraries, and AutoAttack by ours and by its own."
+    rows, threat, (x, y, _), robust = [], Threat(), sample_images(n), sample_net('robust')
+    cases = dict(robust=(_evaluations(robust, threat), n, rounds),
+                 natural=(_evaluations(sample_net('clean'), threat), n//4, rounds),
+                 AutoAttack=(_autoattacks(robust, threat), n//4, min(rounds, 3)))
+    for kind,(fs,k,turns) in cases.items():
         found = defaultdict(list)
-        times = in_turn({k: lambda k=k: found[k].append(fs[k](x, y)) for k in fs}, turns)
-        for k in fs:
-            rows.append(dict(network=kind, library=k, seconds=times[k].median(), images=len(y),
-                             accuracy=float(np.mean(found[k])), **_ratio(times, k)))
+        times = in_turn({o: lambda o=o: found[o].append(fs[o](x[:k], y[:k])) for o in fs}, turns)
+        for o in fs:
+            rows.append(dict(network=kind, library=o, seconds=times[o].median(), images=k,
+                             accuracy=float(np.mean(found[o])), **_ratio(times, o)))
             print('{network:10s} {library:12s} {ratio:5.1f} times ours, {accuracy:.1%} correct'
                   .format(**rows[-1]), flush=True)
     return rows

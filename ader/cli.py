@@ -89,7 +89,7 @@ def _demo_net(teachers, threat, epochs, seed, images, checks, name): # students 
     if not teachers: check_teacher(net, dls.valid, threat, **few)
     line = '{:15s} {:5.1f} s   validation: clean {clean:6.1%}   PGD-10 {pgd-10:6.1%}'.format(
         name, time.perf_counter() - start, **net.metadata['valid'])
-    few, checks = dict(few, images=images), checks if teachers else 0
+    few, checks = dict(few, images=images, precision='float32'), checks if teachers else 0
     report = robustness_report(net, dls.test, threat=threat, checks=checks, seed=seed, **few)
     curve = teachers and accuracy_curves({name: net}, dls.test, PGD_sat(threat, 10), **few)
     weights = png(method.plot_weights()) if name == 'ADER' else None
@@ -299,25 +299,25 @@ def ader_evaluate(
     queries:int=0, # of the Square attack, for each image; 0: leave it out
     autoattack:bool=False, # AutoAttack (standard), too; takes long
     save_images:int=0, # write at most so many images that PGD fooled, as PNG
+    precision:str='auto', # of the attacks' first steps: float32, bfloat16, or auto
     seed:int=0, # of everything random
     out:str='evaluation' # folder to write to, where progress is kept as well
 ):
     "Measure saved networks: accuracy under attack, sanity checks, a table and a page for each."
     _check(images=images, queries=queries, save_images=save_images, seed=seed)
-    threat = Threat(norm=norm) if eps is None else Threat(eps, norm)
-    nets, others = _load_several(networks), _load_several(transfer)
+    threat = Threat(eps, norm)
+    nets, others, tables = _load_several(networks), _load_several(transfer), {}
     if not nets: raise AderError('name at least one saved network')
-    out, tables, loader = check_folder(out), {}, lru_cache(1)(load_data)
+    out, loader = check_folder(out), lru_cache(1)(load_data)
     for name,net in nets.items():
         dls, t = _data_for(net, data, size=size, channels=channels, loader=loader), threat
         if eps is None: t = Threat(0.5 if t.norm == 'L2' else dls.test.dataset.eps, norm)
         attacks = [*paper_attacks(t), *[AutoAttack(t)]*autoattack]
         black = [Transfer(o, a, f'{a!r} from {k}') for k,o in others.items()
-                 for a in (PGD_sat(t), CW_inf(t))]
-        if queries: black.append(Square(t, queries))
+                 for a in (PGD_sat(t), CW_inf(t))] + [Square(t, queries)]*(queries > 0)
         with _threads(dls): r = robustness_report(
             net, dls.test, attacks, t, images=images or None, black_box=black, seed=seed,
-            folder=out/'progress', progress=sys.stdout.isatty())
+            folder=out/'progress', progress=sys.stdout.isatty(), precision=precision)
         tables[name], masks = r.table, {k: ok.int().tolist() for k,ok in r.masks.items()}
         each = pd.DataFrame({'class': [r.classes[k] for k in r.y]} | masks).rename_axis('image')
         files = {'html': report_page(r, name), 'csv': r.table.to_csv(index=False),

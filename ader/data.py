@@ -393,7 +393,7 @@ def image_folder(
     size:int|tuple[int,int]=32, # (H, W) that images are scaled and cut to, or the side of a square
     channels:int=3, # 3: colour; 1: grey
     valid:float=0.1, test:float=0.2, # shares (or numbers) to split off where a part is missing
-    split_seed:int=42, # of the split
+    split_seed:int=42, # of the split and the order
     eps:float=8/255, # the ε that is customary for them, in units of pixels in [0, 1]
     name:str|None=None, # of the data, for reports; default: the name of the folder
     augment:list|None=None, # default: crops after padding by an eighth of the width, and flips
@@ -401,6 +401,9 @@ def image_folder(
 ): # -> fastai `DataLoaders` of `Batches`, with `.train`, `.valid` and `.test`
     "Your own images, a folder for each class."
     parts, classes, _ = _read_folder(path, size, channels)
+    rng = torch.Generator().manual_seed(split_seed) # any first images shall be a sample of all
+    orders = {k: torch.randperm(len(y), generator=rng) for k,(_,y) in parts.items()}
+    parts = {k: (x[orders[k]], y[orders[k]]) for k,(x,y) in parts.items()}
     name, shares = name or Path(path).expanduser().resolve().name, dict(test=test, valid=valid)
     return _loaders(parts, classes, name, eps, augment, shares, split_seed, **kwargs)
 

@@ -7,7 +7,7 @@ __all__ = ['wilson', 'evaluate', 'plot_robustness', 'accuracy_curves', 'plot_cur
            'compare', 'markdown_table', 'TeacherCheck', 'on_attacks', 'check_teacher']
 
 # %% ../nbs/07_evaluation.ipynb #29dc5dac
-import json, time, torch, pandas as pd
+import json, time, torch, warnings, pandas as pd
 from dataclasses import dataclass, is_dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -131,7 +131,7 @@ def _tabulate(results:dict[str,tuple[Tensor,dict]]) -> pd.DataFrame: # a row an 
 def _threat_of(data) -> Threat: return Threat(data_facts(data)[2]) # Linf, customary ε
 
 def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None, progress=True,
-         precision='float32', compile=False):
+         precision='auto', compile=False):
     "The network in float32, its copy for the search, the batches, and the results by attack."
     batches, net = _first_batches(dl, images, next(model.parameters()).device), _float32(model)
     if attacks is None: attacks = paper_attacks(threat or _threat_of(dl))
@@ -140,6 +140,9 @@ def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None,
         raise AderError(f'each attack needs a name of its own, got {", ".join(names[1:-1])}')
     with frozen(net): k = check_output(net, batches[0][0], data_facts(dl)[1])
     for x,y in batches: check_labels(y, x, k)
+    labels = torch.cat([y for _,y in batches])
+    if images and len(labels) >= 10*k and (seen := len(labels.unique())) < k: warnings.warn(
+        f'the first {len(labels)} images show {seen} of {k} classes; if they are sorted, shuffle them')
     search = FrozenCopy(net, batches[0][0], 'float32', compile)
     if dtype_of(precision, net) == torch.bfloat16:
         search.low = FrozenCopy(net, batches[0][0], precision, compile)
@@ -163,7 +166,8 @@ def evaluate(
     seed:int=0, # of the random starts
     folder:str|Path|None=None, # keep progress here, and continue from there
     progress:bool=True, # show a bar
-    precision:str='float32', compile:bool=False # of the search; see `ader.speed.FrozenCopy`
+    precision:str='auto', # of the attacks' first steps; the verdict is in float32
+    compile:bool=False # the copies that are attacked; see `ader.speed.FrozenCopy`
 ) -> pd.DataFrame: # attack, accuracy, low, high (95% interval), images, seconds, passes
     "Accuracy without attack, under each attack, and in the worst case."
     return _tabulate(_run(model, dl, attacks, threat, images, seed, folder, progress, precision,
@@ -196,14 +200,14 @@ def accuracy_curves(
     dl, # batches (x, y)
     attack:PGD|None=None, # at multiples of its ε; default: PGD_sat with 10 steps
     multiples:tuple=(0.25, 0.5, 0.75, 1., 1.5, 2.), # of the attack's ε
-    images:int|None=None, progress:bool=True # only the first so many; show a bar
+    **kwargs # of `evaluate`: images, precision, progress
 ) -> pd.DataFrame: # net, eps, accuracy, low, high
     "Accuracy of several networks under one attack as ε grows."
     attack = attack or PGD_sat(_threat_of(dl), 10)
     t = attack.threat
     eps = [t.eps*m for m in multiples if t.norm == 'L2' or t.eps*m <= t.hi - t.lo]
     attacks = [replace(attack.with_eps(e), name=f'{e}') for e in eps]
-    run = lambda net: evaluate(net, dl, attacks, images=images, progress=progress)
+    run = lambda net: evaluate(net, dl, attacks, **kwargs)
     rows = [run(net)[:len(eps)+1].assign(net=k, eps=[0, *eps]) for k,net in nets.items()]
     return pd.concat(rows, ignore_index=True)[['net', 'eps', 'accuracy', 'low', 'high']]
 

@@ -59,6 +59,7 @@ evaluate nobody.json | there is no file
 evaluate net --eps 8 | did you mean 8/255
 evaluate net --norm L1 | norm
 evaluate net --queries -1 | --queries
+evaluate net --precision half | float32
 evaluate . | must hold one saved network
 '''.strip().splitlines()
 

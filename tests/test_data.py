@@ -103,6 +103,12 @@ def test_missing_parts_are_split_off(home):
     f = folder(home/'g', 'Training/x/', 'Training/y/', 'Testing/x/', 'Testing/y/')
     assert [o.n for o in image_folder(f, 8)] == [6,2,8]
 
+def test_the_first_images_are_a_sample(home):
+    "Files come class by class, and whoever looks at the first few must see all classes."
+    names = [f'{part}/{k}/{i}.png' for part in ('train', 'test') for k in 'xyz' for i in range(12)]
+    y = image_folder(folder(home/'f', *names), 8).test.dataset.y
+    assert len(y) == 36 and len(y[:15].unique()) == 3 and y.diff().ne(0).sum() > 10
+
 def test_order_classes_and_hidden_files(home):
     f = folder(home/'f', 'b/10.png', 'b/9.png', 'Bus/old/9.png', 'train/x.png', 'b/.0.png',
                '.ipynb_checkpoints/b/1.png')

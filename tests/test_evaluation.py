@@ -65,7 +65,8 @@ def test_an_interval_contains_its_accuracy(k, n):
 
 
 def test_curves_start_clean_and_respect_the_pixel_range(net, run, all_digits):
-    c = accuracy_curves({'a': net}, all_digits.test, PGD_sat(Threat(0.6), 3), [0.5, 1, 2], 50, False)
+    c = accuracy_curves({'a': net}, all_digits.test, PGD_sat(Threat(0.6), 3), [0.5, 1, 2], images=50,
+                        progress=False)
     assert c.eps.tolist() == [0, 0.3, 0.6] # 1.2 would leave the pixel range
     assert c.accuracy[0] == run(net, images=50, attacks=[]).accuracy[0]
 
@@ -205,3 +206,10 @@ def test_what_a_teacher_says_about_attacks_on_a_student(net, natural, all_digits
     check = check_teacher(twin, all_digits.test, images=60, progress=False, student=net)
     assert '100% move it as its own attack does' in check.summary
     assert twin.metadata['verified']['aligned'] == 1
+
+
+def test_the_first_images_of_sorted_ones_are_no_sample(natural, all_digits):
+    x, y = all_digits.test.dataset[:]
+    order = y.argsort(stable=True)
+    with pytest.warns(UserWarning, match='the first 100 images show [23] of 10 classes'):
+        evaluate(natural, (x[order], y[order]), [FGSM(Threat(0.1))], images=100, progress=False)

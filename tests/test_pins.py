@@ -77,7 +77,7 @@ def fitted(method, net, data, epochs, **more):
 def accuracies(net, data, n):
     "Accuracy of `net` on `n` test images without attack and under the attacks of the paper."
     from ader.evaluation import evaluate
-    table = evaluate(net, data.test, images=n, progress=False)
+    table = evaluate(net, data.test, images=n, progress=False, precision='float32')
     return dict(zip(table.attack, table.accuracy))
 
 def by_onnx(net, x):
