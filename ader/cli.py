@@ -273,6 +273,11 @@ def ader_distill(
 ader_distill_cli = command(ader_distill, all_ranks=True)
 
 # %% ../nbs/27_command_line.ipynb #201e2390
+def _image_csv(r, files:list|None) -> str: # of a report; a row an image: its class, 1 where correct
+    columns = {'class': [r.classes[k] for k in r.y]} | {k: m.int() for k,m in r.masks.items()}
+    rows = (files or range(len(r.y)))[:len(r.y)]
+    return pd.DataFrame(columns, rows).to_csv(index_label='image')
+
 def _write_fooled(out:Path, net, dl, r, attack, n:int):
     "At most `n` images that are correct without attack and fooled by `attack`, both as PNG."
     fooled = (r.masks['clean'] & ~r.masks[repr(attack)]).nonzero().flatten()[:n]
@@ -314,14 +319,14 @@ def ader_evaluate(
         if eps is None: t = Threat(0.5 if t.norm == 'L2' else dls.test.dataset.eps, norm)
         attacks = [*paper_attacks(t), *[AutoAttack(t)]*autoattack]
         black = [Transfer(o, a, f'{a!r} from {k}') for k,o in others.items()
-                 for a in (PGD_sat(t), CW_inf(t))] + [Square(t, queries)]*(queries > 0)
+                 for a in (PGD_sat(t), CW_inf(t))]
+        if queries: black.append(Square(t, queries))
         with _threads(dls): r = robustness_report(
             net, dls.test, attacks, t, images=images or None, black_box=black, seed=seed,
             folder=out/'progress', progress=sys.stdout.isatty(), precision=precision)
-        tables[name], masks = r.table, {k: ok.int().tolist() for k,ok in r.masks.items()}
-        each = pd.DataFrame({'class': [r.classes[k] for k in r.y]} | masks).rename_axis('image')
+        tables[name] = r.table
         files = {'html': report_page(r, name), 'csv': r.table.to_csv(index=False),
-                 'images.csv': each.to_csv()}
+                 'images.csv': _image_csv(r, dls.test.dataset.files)}
         atomic_write({out/f'{name}.{k}': o.encode() for k,o in files.items()})
         _write_fooled(out/name, net, dls.test, r, PGD_sat(t), save_images)
         print(f'{name}, {t.norm}, ε = {t.eps:.4g}\n{r}\nThe page is {out/name}.html\n', flush=True)

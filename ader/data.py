@@ -21,7 +21,7 @@ class AderError(ValueError):
 # %% ../nbs/20_data.ipynb #68b001af
 class Images:
     "Labelled images, all in one tensor."
-    labelled = True
+    labelled, files = True, None # files: the paths they came from, if they did
 
     def __init__(self,
         x:Tensor, # (N, C, H, W) images: uint8, or float in [0, 1]
@@ -177,7 +177,7 @@ def show_batch(self:Batches, n:int=16, **kwargs):
 @patch
 def _like(self:Images, x:Tensor, y:Tensor, labelled:bool=True): # other images of this data
     out = copy.copy(self)
-    out.x, out.y, out.labelled = x, y, labelled
+    out.x, out.y, out.labelled, out.files = x, y, labelled, None
     return out
 
 # %% ../nbs/20_data.ipynb #c615a40c
@@ -349,7 +349,7 @@ def _decode_all(root:Path, files:list[str], size, channels:int) -> Tensor: # (N,
 
 # %% ../nbs/20_data.ipynb #c39373e4
 def _read_folder(path, size, channels, last=False) -> tuple[dict,list[str],bool]:
-    "Part -> (images, labels); the names of the classes; whether some are JPEG files."
+    "Part -> (images, labels, paths); the names of the classes; whether some are JPEG files."
     size = (size, size) if isinstance(size, int) else tuple(size)
     if [type(o) is int and o > 0 for o in size] != [True, True] or channels not in (1, 3):
         raise AderError(f'give height, width in pixels and 1 or 3 channels, not {size}, {channels}')
@@ -359,9 +359,12 @@ def _read_folder(path, size, channels, last=False) -> tuple[dict,list[str],bool]
     if odd: raise AderError(f'each part of {root} must have the same classes, not so: '
                             f'{", ".join(sorted(odd)[:5])}')
     if len(classes) < 2: raise AderError(f'{root} must hold two or more classes, a folder for each')
-    parts = {part: (_decode_all(root, [f for f,_ in fs], size, channels),
-                    torch.tensor([classes.index(c) for _,c in fs])) for part,fs in files.items()}
-    jpeg = any(f.lower().endswith(('.jpg', '.jpeg')) for fs in files.values() for f,_ in fs)
+    parts = {}
+    for part,fs in files.items():
+        paths, labels = zip(*fs)
+        x, y = _decode_all(root, paths, size, channels), torch.tensor([*map(classes.index, labels)])
+        parts[part] = x, y, np.array(paths)
+    jpeg = any(f.lower().endswith(('.jpg', '.jpeg')) for *_,paths in parts.values() for f in paths)
     return parts, classes, jpeg
 
 # %% ../nbs/20_data.ipynb #48b6dc0e
@@ -381,9 +384,13 @@ def _split_off(y:Tensor, part:float, seed:int=42) -> tuple[Tensor,Tensor]: # ind
 def _loaders(parts, classes, name, eps, augment, shares:dict, split_seed=42, **kwargs):
     for k,share in shares.items():
         if k in parts: continue
-        x, y = parts['train']
-        parts['train'], parts[k] = ((x[i], y[i]) for i in _split_off(y, share, split_seed))
-    sets = [Images(*parts[k], classes, name, eps) for k in ('train', 'valid', 'test')]
+        whole = parts['train']
+        cuts = _split_off(whole[1], share, split_seed)
+        parts['train'], parts[k] = ([o[i.numpy()] for o in whole] for i in cuts)
+    sets = []
+    for x,y,*files in (parts[k] for k in ('train', 'valid', 'test')):
+        sets.append(Images(x, y, classes, name, eps))
+        if files: sets[-1].files = files[0].tolist()
     if augment is None: augment = [RandomCrop(max(sets[0].x.shape[-1]//8, 1)), RandomFlip()]
     return dataloaders(*sets, augment=augment, **kwargs)
 
@@ -402,8 +409,9 @@ def image_folder(
     "Your own images, a folder for each class."
     parts, classes, _ = _read_folder(path, size, channels)
     rng = torch.Generator().manual_seed(split_seed) # any first images shall be a sample of all
-    orders = {k: torch.randperm(len(y), generator=rng) for k,(_,y) in parts.items()}
-    parts = {k: (x[orders[k]], y[orders[k]]) for k,(x,y) in parts.items()}
+    for k,(x,y,files) in parts.items():
+        order = torch.randperm(len(y), generator=rng).numpy()
+        parts[k] = x[order], y[order], files[order]
     name, shares = name or Path(path).expanduser().resolve().name, dict(test=test, valid=valid)
     return _loaders(parts, classes, name, eps, augment, shares, split_seed, **kwargs)
 
@@ -414,7 +422,7 @@ def _read_cifar(K:int, path) -> tuple[dict,list[str],str]: # parts, classes, nam
     for p in (root, root/f'cifar{K}'):
         if not ((p/'train').is_dir() and (p/'test').is_dir()): continue
         parts, names, jpeg = _read_folder(p, 32, 3, last=True)
-        n = sum(len(y) for _,y in parts.values())
+        n = sum(len(y) for _,y,_ in parts.values())
         if len(names) != K: raise AderError(f'{name} has {K} classes, but {p} has {len(names)}')
         if n != 60_000: warnings.warn(f'{name} has 60000 images, but {p} has {n}')
         return parts, names, name + ' (JPEG)'*jpeg

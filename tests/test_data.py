@@ -106,8 +106,13 @@ def test_missing_parts_are_split_off(home):
 def test_the_first_images_are_a_sample(home):
     "Files come class by class, and whoever looks at the first few must see all classes."
     names = [f'{part}/{k}/{i}.png' for part in ('train', 'test') for k in 'xyz' for i in range(12)]
-    y = image_folder(folder(home/'f', *names), 8).test.dataset.y
+    dls = image_folder(folder(home/'f', *names), 8)
+    y = dls.test.dataset.y
     assert len(y) == 36 and len(y[:15].unique()) == 3 and y.diff().ne(0).sum() > 10
+    for ds in (dl.dataset for dl in dls): # and it can be told which files they are
+        for x,y,f in zip(ds.x, ds.y, ds.files):
+            assert f.split('/')[1] == ds.classes[y]
+            assert np.array_equal(_decode(home/'f'/f, (8, 8), 3), x)
 
 def test_order_classes_and_hidden_files(home):
     f = folder(home/'f', 'b/10.png', 'b/9.png', 'Bus/old/9.png', 'train/x.png', 'b/.0.png',
