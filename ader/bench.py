@@ -200,6 +200,10 @@ def _from_proc(file:str, pattern:str) -> str|None: # what the group matches, on 
     found = path.exists() and re.search(pattern, path.read_text())
     return found[1] if found else None
 
+def _machine(device:str) -> str: # the model of the GPU or of the CPU
+    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
+    return _from_proc('cpuinfo', r'model name\s*: (.*)') or platform.machine()
+
 def _peak_memory() -> float: # MB
     "Of this process. (On Linux `getrusage` also counts what its parent had when it began it.)"
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024**(sys.platform == 'darwin')
@@ -266,9 +270,7 @@ def ader_bench(
         for o in given:
             if o not in known: raise AderError(f'there are {", ".join(known)}, not {o!r}')
     if rounds < 3: raise AderError(f'--rounds is at least 3, got {rounds}')
-    cpu = _from_proc('cpuinfo', r'model name\s*: (.*)') or platform.machine()
-    record = dict(machine=torch.cuda.get_device_name() if device == 'cuda' else cpu,
-                  threads=torch.get_num_threads(), compile=compile,
+    record = dict(machine=_machine(device), threads=torch.get_num_threads(), compile=compile,
                   precision=str(_auto(device)).removeprefix('torch.'), versions=versions())
     file = check_folder(out)/'bench.json'
     if file.exists() and (old := read_json(file)).items() >= record.items(): record = old

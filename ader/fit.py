@@ -6,7 +6,7 @@
 __all__ = ['describe', 'Clock', 'plan_nets', 'ader_fit']
 
 # %% ../nbs/30_fit.ipynb #280cb262
-import importlib.util, io, json, platform, time, torch
+import importlib.util, io, json, time, torch
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -178,12 +178,14 @@ def _write(out:Path, data, net, clock:Clock, report, auto):
     with redirect_stdout(io.StringIO()):
         ader_export(str(out/'student'), onnx, data=str(data), out=str(out))
     if not onnx: print("for an ONNX file: pip install 'ader-distill[onnx]', then ader_export")
+    from ader.bench import _machine
+    device = str(next(net.parameters()).device)
     rows = lambda t: [] if t is None else t.to_dict('records')
     record = dict(
         minutes=clock.used/60, asked=clock.asked, plan=clock.plan, data=report.settings['data'],
-        device=str(next(net.parameters()).device), machine=platform.machine(),
-        threads=torch.get_num_threads(), versions=versions(), results=rows(report.table),
-        autoattack=rows(auto), verdict=report.verdict)
+        device=device, machine=_machine(device), threads=torch.get_num_threads(),
+        versions=versions(), results=rows(report.table), autoattack=rows(auto),
+        verdict=report.verdict)
     atomic_write(out/'record.json', json.dumps(record, indent=1, ensure_ascii=False).encode())
     remove_temp_files(out)
     clock.note(finished=time.strftime('%Y-%m-%d'))
