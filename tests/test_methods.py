@@ -555,10 +555,16 @@ def test_loss_that_is_not_finite(learner, bad):
     assert all(p.isfinite().all() for p in net.parameters()) and learn.model is net and getattr(learn.loss_func, 'plain', learn.loss_func) is func
 
 
-def test_catastrophic_overfitting_ends_the_training(learner, natural, monkeypatch):
-    "Correct under its own step and wrong under ten; a step that is too short to tell is left alone."
-    fit = lambda size: learner(SAT(Threat(0.01), 1, size), student=copy.deepcopy(natural), lr=1e-4).fit(1)
-    fit(0.0125)
-    monkeypatch.setattr('ader.training.Accuracy.share', lambda self: 0. if self.attack else 1.)
-    fit(0.005)
-    with pytest.raises(AderError, match='catastrophic overfitting in epoch 0: .* 0% under ten'): fit(0.0125)
+@pytest.mark.parametrize('size, ends', [(0.0125, True), (0.005, False)])
+def test_catastrophic_overfitting_ends_the_training(learner, natural, monkeypatch, size, ends):
+    "Correct under its own step, and under ten no longer; a step that is too short to tell is left alone."
+    run, strong = PGD.perturb, []
+    def perturb(self, *args): # ten steps find everything from the second epoch on
+        if self.steps == 10 and strong: self = PGD(Threat(0.4), 10, start='image')
+        return run(self, *args)
+    monkeypatch.setattr(PGD, 'perturb', perturb)
+    class Collapse(Callback):
+        def before_epoch(self): strong[:] = [1]*self.epoch
+    learn = learner(SAT(Threat(0.01), 1, size), [Collapse()], student=copy.deepcopy(natural), lr=1e-4)
+    if not ends: return learn.fit(2)
+    with pytest.raises(AderError, match='catastrophic overfitting in epoch 1: .* under ten steps, after'): learn.fit(2)
