@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
-from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, check_output, count_passes, frozen,
-                          kl, paper_attacks)
+from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, check_output, count_passes,
+                          frozen, kl, paper_attacks)
 from .attention import adapt_input, forward_with_attention, show_attention
 from .checkpoints import atomic_write
 from .data import AderError, as_float, check_images, check_labels, data_facts
@@ -142,7 +142,7 @@ def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None,
     for x,y in batches: check_labels(y, x, k)
     labels = torch.cat([y for _,y in batches])
     if images and len(labels) >= 10*k and (seen := len(labels.unique())) < k: warnings.warn(
-        f'the first {len(labels)} images show {seen} of {k} classes; if they are sorted, shuffle them')
+        f'the first {len(labels)} images show {seen} of {k} classes; shuffle sorted ones')
     search = FrozenCopy(net, batches[0][0], 'float32', compile)
     if dtype_of(precision, net) == torch.bfloat16:
         search.low = FrozenCopy(net, batches[0][0], precision, compile)
@@ -351,7 +351,8 @@ def check_teacher(
     if more: summary += ('\nOn attacks on the student: entropy {entropy:.2f} nats, and '
                             '{aligned:.0%} move it as its own attack does.').format(**more)
     about = dict(data=data_facts(dl)[0], images=len(y), seed=seed,
-                 threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary, **more)
+                 threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary)
     teacher.metadata = getattr(teacher, 'metadata', {})
-    teacher.metadata['verified'] = about | {a: round(o, 6) for a,o in zip(d.attack, d.accuracy)}
+    about |= more | {a: round(o, 6) for a,o in zip(d.attack, d.accuracy)}
+    teacher.metadata['verified'] = about
     return TeacherCheck(d, roles, summary)

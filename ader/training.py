@@ -220,6 +220,7 @@ def before_fit(self:Method):
     t = self.threat or Threat(eps)
     x, y = (o.to(next(self.net.parameters()).device) for o in next(iter(self.dls.valid))[:2])
     with frozen(self.net): x, _, self._classes = _check_batch(self.net, x, y, t, names=names)
+    self._watched = x[:128], y[:128].as_subclass(Tensor)
     for role,o in self.teachers.items():
         self.teachers[role] = _check_teacher(role, o, x, self._classes, names)
     line = _unexamined(self.teachers)
@@ -337,8 +338,7 @@ def after_epoch(self:Method):
     own = replace(self.attack, loss='ce', start='image') # draws no random numbers
     whole = self.steps <= 3 and self.steps*own.step_size >= own.threat.eps
     if not (self._attacked and whole): return
-    x, y = (o.as_subclass(Tensor)[:128] for o in next(iter(self.dls.valid))[:2])
-    net, attacks = self.net, (own, PGD(own.threat, 10, start='image'))
+    (x, y), net, attacks = self._watched, self.net, (own, PGD(own.threat, 10, start='image'))
     with frozen(net), torch.no_grad():
         right = [(net(a.perturb(net, x, y)).argmax(1) == y).float().mean() for a in attacks]
     short, long = all_reduce_mean(torch.stack(right)).tolist()

@@ -250,7 +250,7 @@ def test_a_teacher_answers_once(net, learner, name, asked):
 
 def test_a_loader_that_repeats_itself(net, learner):
     "One and the same tensor in every step, its content changed in between: the teacher is asked anew."
-    m = RSLAD(net().eval(), steps=1)
+    m = RSLAD(net().eval(), steps=1, precision='float32')
     learn = learner(m); learn.fit(0)
     x, y = learn.dls.train.one_batch()
     m.before_fit(), m.before_train()

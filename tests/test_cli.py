@@ -117,7 +117,8 @@ def test_the_saved_student_is_the_one_in_the_table(demo):
     results = json.loads((demo/'record.json').read_text())['results']
     d = pd.DataFrame(results).query("network == 'ADER'")
     test, attacks = digits(device='cpu').test, paper_attacks(Threat(0.2))
-    got = evaluate(load(demo/'student'), test, attacks, images=100, seed=3, progress=False)
+    got = evaluate(load(demo/'student'), test, attacks, images=100, seed=3, progress=False,
+                   precision='float32')
     assert got.accuracy.tolist() == d.accuracy.tolist()
 
 def test_again_and_with_two_processes_the_same(demo, few_digits, tmp_path, monkeypatch):

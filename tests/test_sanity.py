@@ -37,7 +37,8 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize('name, other', [('natural', 'sat'), ('sat', 'natural')])
 def test_networks_without_masking_pass(nets, report, name, other):
     "With black boxes beside the white one: nine checks."
-    r = report(nets[name], black_box=[Transfer(nets[other], PGD), Square(Threat(0.2), 100)])
+    black = [Transfer(nets[other], PGD), Square(Threat(0.2), 100)]
+    r = report(nets[name], black_box=black, precision='float32')
     assert r.ok and len(r.checks) == 9, r.verdict
 
 
