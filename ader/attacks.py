@@ -309,9 +309,10 @@ def until_fooled(self:PGD, model, x, y, generator=None, bs=256) -> Tensor: # as 
 def _pad_batch(i:Tensor, multiple:int=32) -> Tensor: # (n,) indices -> (next multiple,)
     return torch.cat([i, i[:1].expand(-len(i) % multiple)])
 
-# %% ../nbs/03_attacks.ipynb #4b8e87eb
+# %% ../nbs/03_attacks.ipynb #3d3a2926
 _LOW = 0.75 # share of the steps that a copy of less precision makes, if there is one
 
+# %% ../nbs/03_attacks.ipynb #4b8e87eb
 @patch
 def _run_until_fooled(self:PGD, net, x, y, z, steps, bs): # -> (N, C, H, W) last points, (N,) bool
     "One run of many images from `z`, at most `bs` at a time."

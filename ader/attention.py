@@ -98,8 +98,10 @@ def show_attention(
     for ax,o in zip(axs[0], x): ax.imshow(o.permute(1,2,0), **grey)
     for i,(row,m) in enumerate(zip(axs[1:], maps)):
         m = nn.functional.interpolate(m.detach().float().cpu(), x.shape[2:], mode='bilinear')
-        heat, top = dict(cmap='inferno', vmin=m.min(), vmax=m.max(), alpha=0.6), m.abs().max()
-        if i < signed: heat = dict(cmap='RdBu_r', vmin=-top, vmax=top, alpha=1)
+        heat = dict(cmap='inferno', vmin=m.min(), vmax=m.max(), alpha=0.6)
+        if i < signed:
+            top = m.abs().max().clamp_min(1/255) # of nothing everything is white
+            heat = dict(cmap='RdBu_r', vmin=-top, vmax=top, alpha=1)
         for ax,image,(o,) in zip(row, x.mean(1), m):
             ax.imshow(image, **grey)
             colors = ax.imshow(o, **grey | heat)

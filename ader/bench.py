@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .attacks import PGD_sat, Threat
 from .attention import add_attention
 from .checkpoints import atomic_write, check_folder, read_json, seed_everything, versions
-from .data import (AderError, Images, RandomCrop, RandomFlip, dataloaders, _import_quietly)
+from .data import AderError, Images, RandomCrop, RandomFlip, dataloaders, _import_quietly
 from .evaluation import evaluate
 from .loop import ader_loss, inner_max
 from .methods import ADER
@@ -168,7 +168,7 @@ def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict
         ART=lambda x, y: torch.from_numpy(art.generate(x.numpy(), y.numpy()))).items()})
 
 # %% ../nbs/29_bench.ipynb #ebb1b432
-def bench_eval(rounds:int=7, n:int=200) -> list[dict]: # n: photographs; a quarter for the natural net
+def bench_eval(rounds:int=7, n:int=200) -> list[dict]: # n: photographs
     "PGD-20 on a robust and on a natural network, by ours and by three libraries."
     rows, (x, y, _) = [], sample_images(n)
     for kind,name,k in (('robust', 'robust', n), ('natural', 'clean', n//4)):
@@ -187,14 +187,15 @@ def _from_proc(file:str, pattern:str) -> str|None: # what the group matches, on 
     found = path.exists() and re.search(pattern, path.read_text())
     return found[1] if found else None
 
-def _machine(device:str) -> str: # the model of the GPU or of the CPU
-    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
-    return _from_proc('cpuinfo', r'model name\s*: (.*)') or platform.machine()
-
 def _peak_memory() -> float: # MB
     "Of this process. (On Linux `getrusage` also counts what its parent had when it began it.)"
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024**(sys.platform == 'darwin')
     return float(_from_proc('self/status', r'VmHWM:\s*(\d+)') or most)/1024
+
+# %% ../nbs/29_bench.ipynb #f6001e6f
+def _machine(device:str) -> str: # the model of the GPU or of the CPU
+    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
+    return _from_proc('cpuinfo', r'model name\s*: (.*)') or platform.machine()
 
 # %% ../nbs/29_bench.ipynb #a7da4ae0
 def _memory_of(way:str, what:str) -> float: # MB; to be called in a fresh process

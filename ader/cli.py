@@ -272,12 +272,13 @@ def ader_distill(
 
 ader_distill_cli = command(ader_distill, all_ranks=True)
 
-# %% ../nbs/27_command_line.ipynb #201e2390
+# %% ../nbs/27_command_line.ipynb #0ff73e55
 def _image_csv(r, files:list|None) -> str: # of a report; a row an image: its class, 1 where correct
     columns = {'class': [r.classes[k] for k in r.y]} | {k: m.int() for k,m in r.masks.items()}
     rows = (files or range(len(r.y)))[:len(r.y)]
     return pd.DataFrame(columns, rows).to_csv(index_label='image')
 
+# %% ../nbs/27_command_line.ipynb #201e2390
 def _write_fooled(out:Path, net, dl, r, attack, n:int):
     "At most `n` images that are correct without attack and fooled by `attack`, both as PNG."
     fooled = (r.masks['clean'] & ~r.masks[repr(attack)]).nonzero().flatten()[:n]

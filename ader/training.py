@@ -236,14 +236,15 @@ def before_fit(self:Method):
     self.learn.metrics = self.learn.metrics + self._own
     if is_distributed(): self.recorder.loss = _MeanLoss()
     self.terms.clear()
-    self._warned, self._first_loss, self._labels_used, self._best = line, None, False, 0
+    self._warned, self._first_loss, self._labels_used = line, None, False
+    self._best = torch.zeros(()) # as a tensor it is part of `state_dict`
     if hasattr(vars(self).get('weight'), 'reset'): self.weight.reset()
 
 # %% ../nbs/05_training.ipynb #bf147b17
 @patch
 def _end(self:Method):
     self._unhook()
-    self._copies, self._graphs, self._asked, self._batch = {}, {}, {}, None
+    self._copies, self._graphs, self._asked, self._batch, self._watched = {}, {}, {}, None, None
     self.learn.loss_func = self.plain_loss
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._own)
 
@@ -341,8 +342,8 @@ def after_epoch(self:Method):
     (x, y), net, attacks = self._watched, self.net, (own, PGD(own.threat, 10, start='image'))
     with frozen(net), torch.no_grad():
         right = [(net(a.perturb(net, x, y)).argmax(1) == y).float().mean() for a in attacks]
-    short, long = all_reduce_mean(torch.stack(right)).tolist()
-    self._best = max(self._best, long)
+    short, long = all_reduce_mean(torch.stack(right)).cpu()
+    self._best = torch.maximum(self._best.cpu(), long)
     if long < self._best/2 and short > 2*long + 0.2: raise AderError(
         f'catastrophic overfitting in epoch {self.epoch}: on validation images {short:.0%} are '
         f'correct under the attack of the training (steps={self.steps}) and {long:.0%} under ten '

@@ -6,8 +6,8 @@ from ader.attacks import FGSM, PGD, AutoAttack, PGD_sat, Threat
 from ader.attention import add_attention
 from ader.data import AderError, Batches, Images
 from ader.evaluation import (accuracy_curves, check_teacher, compare, evaluate, markdown_table,
-                             on_attacks, plot_robustness, show_attacked, wilson, _first_batches, _judge_teacher, _robust_mask,
-                             _tabulate)
+                             on_attacks, plot_robustness, show_attacked, wilson, _first_batches,
+                             _judge_teacher, _robust_mask, _tabulate)
 from ader.networks import small_resnet
 
 COST = ['seconds', 'forward', 'backward']

@@ -35,3 +35,9 @@ def test_one_image_is_needed(net):
 
 def test_settings_of_different_length(net):
     with pytest.raises(ValueError): attack_strip(net(), torch.rand(1,8,8), 3, eps=[0, 0.1], steps=[1, 2, 3])
+
+def test_nothing_added_is_drawn_white(net):
+    "Where the slider begins, at ε = 0, and the maps keep one scale a row."
+    fig = attack_strip(net(), torch.rand(1,8,8), 3, eps=0)
+    added = fig.axes[1].images[-1]
+    assert added.norm(0.) == 0.5 and min(added.cmap(0.5)[:3]) > 0.95

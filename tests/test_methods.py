@@ -566,5 +566,8 @@ def test_catastrophic_overfitting_ends_the_training(learner, natural, monkeypatc
     class Collapse(Callback):
         def before_epoch(self): strong[:] = [1]*self.epoch
     learn = learner(SAT(Threat(0.01), 1, size), [Collapse()], student=copy.deepcopy(natural), lr=1e-4)
-    if not ends: return learn.fit(2)
+    if not ends:
+        learn.fit(2)
+        assert learn.sat._watched is None and '_best' in learn.sat.state_dict()['tensors']
+        return
     with pytest.raises(AderError, match='catastrophic overfitting in epoch 1: .* under ten steps, after'): learn.fit(2)

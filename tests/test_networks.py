@@ -13,7 +13,8 @@ from ader.data import AderError, Images, dataloaders
 from ader.networks import *
 
 NAMED = 'small_resnet resnet56 resnet18 mobilenet_v2 wrn_22_6 wrn_34_10 wrn_70_16'.split()
-SMALL = [('small_resnet', dict(width=4, stages=3)), ('small_resnet', dict(width=4, act='silu')), ('wide_resnet', dict(depth=10, widen=1)),
+SMALL = [('small_resnet', dict(width=4, stages=3)), ('small_resnet', dict(width=4, act='silu')),
+         ('wide_resnet', dict(depth=10, widen=1)),
          ('wide_resnet', dict(depth=10, widen=1, variant='deepmind')),
          ('mobilenet_v2', dict(width_mult=0.1))]
 
@@ -67,7 +68,8 @@ def test_multiply_adds(name, kw):
     (lambda: wide_resnet('28'), 'depth must be'), (lambda: wrn_22_6(classes=True), 'classes must'),
     (lambda: wrn_22_6(variant='swish'), "'trades' or 'deepmind'"),
     (lambda: mobilenet_v2(width_mult=-1), 'width_mult'), (lambda: small_resnet(stages=1), '2 st'),
-    (lambda: small_resnet(stem_stride=3), 'stem_stride'), (lambda: small_resnet(act='elu'), 'silu'), (lambda: resnet56(std=0), 'std must'),
+    (lambda: small_resnet(stem_stride=3), 'stem_stride'), (lambda: resnet56(std=0), 'std must'),
+    (lambda: small_resnet(act='elu'), 'silu'),
     (lambda: small_resnet(width=10**5, stages=9), 'at most 100000'),
     (lambda: resnet56(mean=[0.1,0.2]), 'mean must be one number or 3'),
     (lambda: small_resnet()(torch.zeros(2,1,8,8, dtype=torch.uint8)), 'divide bytes by 255'),
