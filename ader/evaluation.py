@@ -99,20 +99,24 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
     search, bs, (x, y) = search_model or model, len(batches[0][1]), map(torch.cat, zip(*batches))
     ok = torch.ones_like(y, dtype=torch.bool) if attack is None else mask.to(y.device)
     nets = {model, search, low} if (low := getattr(search, 'low', None)) else {model, search}
-    key = file and _fingerprint(model, batches, attack, seed, len(nets))
-    size = _CHUNK//10 if hasattr(attack, 'parts') and x.device.type == 'cpu' else _CHUNK # slow ones
-    done, chunks = _read_progress(file, key), list(zip(*(o.split(size) for o in (x, y, ok))))
+    slow, todo = hasattr(attack, 'parts'), torch.arange(len(y), device=y.device)
+    if slow: todo = todo[ok] # as many in a batch as can be
+    key = file and _fingerprint(model, batches, attack, seed, len(nets), todo)
+    size = _CHUNK//10 if slow and x.device.type == 'cpu' else _CHUNK
+    done, chunks = _read_progress(file, key), todo.split(size)
     bar = progress_bar(chunks, leave=False) if progress else chunks
-    for i,chunk in enumerate(bar):
+    for i,some in enumerate(bar):
         if len(done['correct']) > i*size: continue
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
         with _exact(), count_passes(*nets) as n:
+            chunk = [o[some] for o in (x, y, ok)]
             correct = _still_correct(model, search, attack, *chunk, rng, bs)
         done['correct'] += correct.int().tolist()
         for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v
         if key: atomic_write(Path(file), json.dumps({key: done}).encode())
-    return torch.tensor(done.pop('correct'), dtype=torch.bool), done
+    correct = torch.tensor(done.pop('correct'), dtype=torch.bool)
+    return torch.zeros(len(y), dtype=torch.bool).scatter(0, todo.cpu(), correct), done
 
 # %% ../nbs/07_evaluation.ipynb #db23110b
 def _tabulate(results:dict[str,tuple[Tensor,dict]]) -> pd.DataFrame: # a row an attack

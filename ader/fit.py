@@ -59,9 +59,9 @@ class Clock:
     def used(self) -> float: return self.before + time.perf_counter() - self.start # seconds
     @property
     def left(self) -> float: return 60*self.asked['minutes'] - self.used
-    @property
-    def for_training(self) -> float: # what is left but for judging and writing
-        return max(self.left - max(60*self.asked['minutes']/8, 25), 0)
+    def for_training(self, step:float) -> float: # of an attack on one image; all in seconds
+        "What is left but for judging, by at least 14,000 such steps, and writing."
+        return max(self.left - max(60*self.asked['minutes']/8, 25 + 14_000*step), 0)
 
     def note(self, **plan):
         "Add to the plan, and write it with the time used so far."
@@ -97,8 +97,8 @@ def plan_nets(
     side, best = dls.train.dataset.x.shape[-1], _WIDTHS[0]
     for width in _WIDTHS[1:]:
         net = _fresh(_net_text(width, side), dls)
-        epoch, _ = measure_seconds(_method('robust', '', {}, threat), net, dls)
-        if 0.3*width*epoch > share*clock.for_training: break
+        epoch, step = measure_seconds(_method('robust', '', {}, threat), net, dls)
+        if 0.3*width*epoch > share*clock.for_training(step): break
         best = width
     wide = max(best*3//16*8, 8)
     return {k: _net_text(w, side) for k,w in dict(clean=best, robust=wide, student=best).items()}
@@ -129,12 +129,12 @@ def _throughput(part, method, text, dls, epoch:float) -> dict: # from an epoch's
 # %% ../nbs/30_fit.ipynb #55e2255e
 def _epochs(part, method, text, make, dls, clock, parts) -> int: # of a part, planned once
     if part not in clock.plan:
-        epoch, one = measure_seconds(make(), _fresh(text, dls), dls)
+        epoch, step = measure_seconds(make(), _fresh(text, dls), dls)
         share = _SHARES[part]/sum(_SHARES[o] for o in parts[parts.index(part):])
-        n = max(int(0.95*share*clock.for_training/epoch), 1)
+        n = max(int(0.95*share*clock.for_training(step)/epoch), 1)
         speed = _throughput(part, method, text, dls, epoch)
         clock.note(**{part: dict(speed, net=text, epochs=n, seconds_an_epoch=epoch,
-                                 seconds_a_step=one)})
+                                 seconds_a_step=step)})
         print('{}: {}, {} epochs, about {:.1f} min; {:,.0f} images/s, {:.0%} of the matmul rate'
               .format(_NAMES[part], text, n, n*epoch/60, *speed.values()), flush=True)
         if part == 'student' and n < 5:

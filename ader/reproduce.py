@@ -372,7 +372,8 @@ def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a
     copy, start = FrozenCopy(net.eval(), x, 'float32'), time.perf_counter()
     PGD(method.attack.threat, 4)(copy, x, y).sum().item()
     one = (time.perf_counter() - start)/4/len(x)
-    return len(dls.train)*(at[2][1] - at[0][1])/2 + len(dls.valid.dataset)*12*one, one
+    n = len(dls.valid.dataset) # attacked in ten steps; some of them twice, see `Method.after_epoch`
+    return len(dls.train)*(at[2][1] - at[0][1])/2 + (n + min(n, 128))*12*one, one
 
 # %% ../nbs/28_reproduce.ipynb #a30dcfca
 def _estimate(runs, folder, results): # prints what is still to be done, and how long it takes
