@@ -110,8 +110,7 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
         with _exact(), count_passes(*nets) as n:
-            chunk = [o[some] for o in (x, y, ok)]
-            correct = _still_correct(model, search, attack, *chunk, rng, bs)
+            correct = _still_correct(model, search, attack, x[some], y[some], ok[some], rng, bs)
         done['correct'] += correct.int().tolist()
         for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v
         if key: atomic_write(Path(file), json.dumps({key: done}).encode())

@@ -213,3 +213,27 @@ def test_the_first_images_of_sorted_ones_are_no_sample(natural, all_digits):
     order = y.argsort(stable=True)
     with pytest.warns(UserWarning, match='the first 100 images show [23] of 10 classes'):
         evaluate(natural, (x[order], y[order]), [FGSM(Threat(0.1))], images=100, progress=False)
+
+class InParts:
+    "Fools nothing and notes how many images it gets; taken for AutoAttack by its `parts`."
+    threat, name = Threat(0.1), 'in parts'
+    def __init__(self): self.sizes = []
+    def __repr__(self): return self.name
+    def parts(self, k): return [self]
+    def __call__(self, model, x, y, rng=None):
+        self.sizes.append(len(x))
+        return x
+
+def test_slow_attacks_get_full_batches_of_what_is_left():
+    torch.manual_seed(0)
+    x, y = torch.rand(450, 1, 8, 8), torch.randint(0, 2, (450,))
+    class ByMean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+        def forward(self, x): return torch.stack([x.mean((1,2,3)) - 0.5, 0*x[:,0,0,0]], 1)*self.w
+    slow = InParts()
+    d = evaluate(ByMean(), (x, y), [slow], progress=False)
+    left = round(450*d.accuracy[0])
+    assert 150 < left < 300 and d.accuracy[1] == d.accuracy[0]
+    assert slow.sizes == [100]*(left//100) + [left % 100]

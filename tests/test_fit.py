@@ -97,3 +97,10 @@ def test_balance_is_reported():
     images = Images(torch.rand(35, 3, 8, 8), y, ['many', 'few'])
     assert "less for 'few'" in describe(dataloaders(images, images, images))
     assert 'unbalanced' not in describe(digits())
+
+def test_a_slow_machine_keeps_more_for_judging(tmp_path):
+    clock = Clock(tmp_path/'plan.json', 2)
+    kept = lambda step: clock.left - clock.for_training(step)
+    assert kept(0.) == pytest.approx(25, abs=0.5) and kept(0.002) == pytest.approx(53, abs=0.5)
+    assert clock.for_training(1.) == 0
+    assert Clock(tmp_path/'hour.json', 60).for_training(0.002) == pytest.approx(60*60*7/8, abs=0.5)
