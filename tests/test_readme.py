@@ -7,12 +7,14 @@ from nbdev.config import get_config
 
 
 def test_the_code_of_the_readme_runs():
+    "As it stands, but with five epochs a training."
     code = re.search(r'```py\n(.*?)```', (Path(get_config().config_path)/'README.md').read_text(), re.S)[1]
+    code = code.replace(', dls)', ', dls, 5)').replace('fit_one_cycle(10', 'fit_one_cycle(5')
     scope = {}
     body, last = code.strip().rsplit('\n', 1)
     exec(body, scope)
     d = eval(last, scope)
-    assert d.ok and d['clean'] > 0.9 and d['PGD_sat'] > 0.15
+    assert d.ok and d['clean'] > 0.4 and d['PGD_sat'] > 0.1
 
 @pytest.fixture
 def photographs(tmp_path):
