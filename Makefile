@@ -5,16 +5,22 @@ READY := .venv/ready
 WHEEL_READY := .venv-wheel/ready
 # Small networks gain nothing from more threads, and two workers with two threads each on two cores wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
+# Most of what is installed is never imported; Python compiles the rest when it is.
+INSTALL := pip install --quiet --no-compile
 
-.PHONY: demo test lab docs docs-serve readme notebooks-in-step wheel clean
+.PHONY: demo test notebooks lab docs docs-serve readme notebooks-in-step wheel clean
 
 demo: $(READY)
 	$(BIN)/ader_demo $(ARGS)
 
+# An installation mostly waits for the disk, so that the notebooks run beside it.
 test: $(READY) notebooks-in-step
-	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(MAKE) --no-print-directory --jobs 2 notebooks $(WHEEL_READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(MAKE) --no-print-directory wheel
+
+notebooks: $(READY)
+	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --do_print
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb
@@ -30,9 +36,9 @@ docs-serve: docs
 
 $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps 'torchattacks>=3.5' # for ader_bench alone; its own requirements pin an old requests
+	$(BIN)/$(INSTALL) --upgrade pip
+	$(BIN)/$(INSTALL) --editable '.[dev]'
+	$(BIN)/$(INSTALL) --no-deps 'torchattacks>=3.5' # for ader_bench alone; its own requirements pin an old requests
 	touch $@
 
 # Exporting and cleaning again must change nothing, and README.md must be what index.ipynb says.
@@ -46,14 +52,14 @@ readme: $(READY)
 $(WHEEL_READY): settings.ini setup.py
 	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/pip install --quiet --upgrade pip
-	.venv-wheel/bin/pip install --quiet .
+	.venv-wheel/bin/$(INSTALL) --upgrade pip
+	.venv-wheel/bin/$(INSTALL) .
 	touch $@
 
 wheel: $(WHEEL_READY)
 	rm -rf dist
 	.venv-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
-	.venv-wheel/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	.venv-wheel/bin/$(INSTALL) --no-deps --force-reinstall dist/*.whl
 	cd dist && ../.venv-wheel/bin/ader_demo --quick --workers 2 --out demo-of-the-wheel
 
 clean:
