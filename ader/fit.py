@@ -162,7 +162,7 @@ def _judge(net, dls, clock:Clock, threat:Threat, seed:int, out:Path): # -> repor
     "The report on test images, also written as a page."
     one = clock.plan['student']['seconds_a_step'] # of an attack on one image
     n = min(max(int(0.5*(clock.left - 15)/(60*one)), 100), len(dls.test.dataset))
-    checks = min(max(int(0.3*(clock.left - 15)/(640*one)), 10), 50, n) # up to 640 steps an image
+    checks = min(max(int(0.3*(clock.left - 15)/(340*one)), 10), 50, n) # up to 340 steps an image
     r = robustness_report(net, dls.test, threat=threat, images=n, checks=checks, seed=seed,
                           progress=False, folder=out/'parts')
     atomic_write(out/'report.html', report_page(r, f'{dls.train.dataset.name} classifier').encode())
