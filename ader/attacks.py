@@ -140,7 +140,7 @@ def frozen(*models:nn.Module):
 # %% ../nbs/03_attacks.ipynb #af66dfbb
 def _start(x:Tensor, threat:Threat, kind:str, generator=None) -> Tensor: # (B, C, H, W), same
     if kind == 'uniform': return threat.random(x, generator)
-    if kind == 'image': return x
+    if kind == 'image': return x.clone()
     return threat.project(x + 0.001*_draw(torch.randn, x, generator, *x.shape[1:]), x)
 
 # %% ../nbs/03_attacks.ipynb #dff4224f
@@ -296,13 +296,14 @@ def until_fooled(self:PGD, model, x, y, generator=None, bs=256) -> Tensor: # as 
     n = int(_LOW*self.steps) if low else 0
     with frozen(model):
         x, y, _ = _check_batch(model, x, y, self.threat)
-        out, left = x.clone(), torch.arange(len(x), device=x.device)
-        for _ in range(self.restarts):
-            if not len(left): break
-            z = _start(x[left], self.threat, self.start, generator)
-            if n: z, _ = self._run_until_fooled(low, x[left], y[left], z, n, bs)
-            out[left], fooled = self._run_until_fooled(model, x[left], y[left], z, self.steps-n, bs)
-            left = left[~fooled]
+        def run(x, y):
+            z = _start(x, self.threat, self.start, generator)
+            if n: z, _ = self._run_until_fooled(low, x, y, z, n, bs)
+            return self._run_until_fooled(model, x, y, z, self.steps - n, bs)
+        out, fooled = run(x, y)
+        for _ in range(self.restarts - 1):
+            left = (~fooled).nonzero().flatten()
+            if len(left): out[left], fooled[left] = run(x[left], y[left])
     return out
 
 # %% ../nbs/03_attacks.ipynb #37d8290b

@@ -350,11 +350,12 @@ def ader_bench(
         for o in given:
             if o not in known: raise AderError(f'there are {", ".join(known)}, not {o!r}')
     if rounds < 3: raise AderError(f'--rounds is at least 3, got {rounds}')
+    precision = str(_auto(device)).removeprefix('torch.')
     record = dict(machine=_machine(device), threads=torch.get_num_threads(), compile=compile,
-                  precision=str(_auto(device)).removeprefix('torch.'), versions=versions())
+                  precision=precision, versions=versions())
     file = check_folder(out)/'bench.json'
     if file.exists() and (old := read_json(file)).items() >= record.items(): record = old
-    types = 'float32', 'bfloat16'
+    types = dict.fromkeys(['float32', precision]) # bfloat16 takes minutes where it is emulated
     record['matmul'] = {k: _matmul_rate(getattr(torch, k), device)/1e9 for k in types}
     print(f"{record['machine']}, {record['threads']} threads, matmul: {record['matmul']}")
     for p in parts:

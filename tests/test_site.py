@@ -166,28 +166,6 @@ def served(built):
     yield f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
 
-@pytest.mark.parametrize('size,scheme', [('desktop', 'light'), ('phone', 'dark')])
-def test_every_page_in_a_browser(served, built, browser, size, scheme):
-    w, h = SIZES[size]
-    context = browser.new_context(viewport=dict(width=w, height=h), color_scheme=scheme)
-    page, said = context.new_page(), []
-    page.on('console', lambda m: said.append(m.text) if m.type in ('error', 'warning') else None)
-    page.on('pageerror', lambda e: said.append(str(e)))
-    for f in sorted(built[0].glob('*.html')):
-        page.goto(f'{served}/{f.name}')
-        facts = page.evaluate('''() => ({
-            wide: document.documentElement.scrollWidth - innerWidth,
-            blank: [...document.images].filter(i => !(i.complete && i.naturalWidth)).length,
-            flat: [...document.querySelectorAll('math')].filter(m => m.checkVisibility() && !m.getBoundingClientRect().height).length,
-            toc: !!document.querySelector('#TOC, nav[role="doc-toc"]'), sections: document.querySelectorAll('main h2').length,
-            back: getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0),
-            fore: getComputedStyle(document.querySelector('main')).color.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)})''')
-        assert facts['wide'] <= 0 and not facts['blank'] and not facts['flat'], (f.name, facts)
-        assert facts['toc'] or not facts['sections'], f.name
-        assert (facts['back'] < facts['fore']) == (scheme == 'dark'), (f.name, facts)
-    assert not said
-    context.close()
-
 MEASURE = '''() => {
     const all = (q, f) => [...document.querySelectorAll(q)].filter(o => o.checkVisibility() && f(o)).map(o => o.textContent.trim().slice(0, 80) || o.alt)
     document.querySelectorAll('details').forEach(o => o.open = true)
@@ -210,18 +188,32 @@ MEASURE = '''() => {
         mute: all('main img', o => !o.alt), stretched: all('main figure img[width]', o => o.getBoundingClientRect().width > +o.getAttribute('width') + 1),
         errors: all('.cell-output-stderr, .cell-output-error, progress', o => true) } }'''
 
-@pytest.mark.parametrize('size', SIZES)
-def test_nothing_is_cut_off_broken_or_mute(served, built, browser, size):
-    "Code, formulas, words in cells, intervals, figures; on a phone a formula or a table of numbers scrolls by itself."
+@pytest.mark.parametrize('size,scheme', [('desktop', 'light'), ('phone', 'dark')])
+def test_every_page_in_a_browser(served, built, browser, size, scheme):
+    """It loads whole and in its colours, and nothing is cut off, broken or mute: code, formulas, words in
+    cells, intervals, figures; on a phone a formula or a table of numbers scrolls by itself."""
     w, h = SIZES[size]
-    page, bad = browser.new_page(viewport=dict(width=w, height=h)), {}
+    context = browser.new_context(viewport=dict(width=w, height=h), color_scheme=scheme)
+    page, said, bad = context.new_page(), [], {}
+    page.on('console', lambda m: said.append(m.text) if m.type in ('error', 'warning') else None)
+    page.on('pageerror', lambda e: said.append(str(e)))
     for f in sorted(built[0].glob('*.html')):
         page.goto(f'{served}/{f.name}')
-        facts = page.evaluate(MEASURE)
-        if size == 'phone': del facts['formulas'], facts['words']
-        bad |= {(f.name, k): v for k,v in facts.items() if v}
-    page.close()
-    assert not bad
+        facts = page.evaluate('''() => ({
+            wide: document.documentElement.scrollWidth - innerWidth,
+            blank: [...document.images].filter(i => !(i.complete && i.naturalWidth)).length,
+            flat: [...document.querySelectorAll('math')].filter(m => m.checkVisibility() && !m.getBoundingClientRect().height).length,
+            toc: !!document.querySelector('#TOC, nav[role="doc-toc"]'), sections: document.querySelectorAll('main h2').length,
+            back: getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0),
+            fore: getComputedStyle(document.querySelector('main')).color.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)})''')
+        assert facts['wide'] <= 0 and not facts['blank'] and not facts['flat'], (f.name, facts)
+        assert facts['toc'] or not facts['sections'], f.name
+        assert (facts['back'] < facts['fore']) == (scheme == 'dark'), (f.name, facts)
+        cut = page.evaluate(MEASURE)
+        if size == 'phone': del cut['formulas'], cut['words']
+        bad |= {(f.name, k): v for k,v in cut.items() if v}
+    assert not said and not bad
+    context.close()
 
 def test_what_is_cut_off_is_seen(browser):
     page = browser.new_page(viewport=dict(width=400, height=400))
