@@ -237,9 +237,9 @@ def _memory_of(way:str, what:str) -> float: # MB; to be called in a fresh proces
     return _peak_memory() - before
 
 # %% ../nbs/29_bench.ipynb #9e4f3505
-def bench_memory() -> list[dict]:
+def bench_memory(students:list[str]) -> list[dict]: # names of networks
     "Peak memory of a training step and of an evaluation, ours and the others'."
-    rows, steps = [], product(_STUDENTS, ('plain', 'ader'))
+    rows, steps = [], product(students, ('plain', 'ader'))
     others = product(['evaluation'], ('ader', 'torchattacks', 'foolbox', 'ART'))
     with get_context('spawn').Pool(1, maxtasksperchild=1) as pool: # a fresh process each
         for what,way in [*steps, *others]:
@@ -333,7 +333,7 @@ def goals(record:dict) -> pd.DataFrame: # what `ader_bench` writes; a row a goal
 def ader_bench(
     out:str='ader_bench', # folder of the record; parts that an earlier call measured stay in it
     parts:str='train,eval,memory', # of these, autoattack, accuracy, demo, and epoch (for a GPU)
-    students:str=','.join(_STUDENTS), # for the training step, separated by commas
+    students:str=','.join(_STUDENTS), # for training steps, separated by commas
     teachers:str=','.join(_TEACHERS), # small, WRN, or both
     rounds:int=7, # of each measurement, at least 3
     compile:bool=False # use `torch.compile`
@@ -343,8 +343,8 @@ def ader_bench(
     parts, students, teachers = (o.split(',') for o in (parts, students, teachers))
     more = dict(device=device, compile=compile)
     what = dict(train=lambda: bench_train(students, teachers, rounds, **more),
-                eval=lambda: bench_eval(rounds), memory=bench_memory, demo=bench_demo,
-                autoattack=lambda: bench_autoattack(rounds),
+                eval=lambda: bench_eval(rounds), memory=lambda: bench_memory(students),
+                autoattack=lambda: bench_autoattack(rounds), demo=bench_demo,
                 accuracy=lambda: bench_accuracy(rounds=rounds), epoch=lambda: bench_epoch(**more))
     for given,known in ((parts, what), (students, _STUDENTS), (teachers, _TEACHERS)):
         for o in given:
@@ -357,7 +357,8 @@ def ader_bench(
     if file.exists() and (old := read_json(file)).items() >= record.items(): record = old
     types = dict.fromkeys(['float32', precision]) # bfloat16 takes minutes where it is emulated
     record['matmul'] = {k: _matmul_rate(getattr(torch, k), device)/1e9 for k in types}
-    print(f"{record['machine']}, {record['threads']} threads, matmul: {record['matmul']}")
+    rates = ', '.join(f'{v:.0f} G multiply-adds/s in {k}' for k,v in record['matmul'].items())
+    print(f"{record['machine']}, {record['threads']} threads; {rates}", flush=True)
     for p in parts:
         record[p] = what[p]()
         atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False).encode())

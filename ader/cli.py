@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from torchvision.utils import save_image
 from types import SimpleNamespace
 from .attacks import AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks
 from .attention import add_attention
@@ -284,6 +283,7 @@ def _write_fooled(out:Path, net, dl, r, attack, n:int):
     "At most `n` images that are correct without attack and fooled by `attack`, both as PNG."
     fooled = (r.masks['clean'] & ~r.masks[repr(attack)]).nonzero().flatten()[:n]
     if not len(fooled): return
+    from torchvision.utils import save_image
     (x, y), classes = dl.dataset[fooled.to(dl.dataset.y.device)], r.classes
     x_adv = attack(net, x, y, torch.Generator(x.device).manual_seed(0))
     with torch.no_grad(): pred = net(x_adv).argmax(1)

@@ -194,8 +194,10 @@ def plot_robustness(
     tables = {'': results} if isinstance(results, pd.DataFrame) else results
     tables = {k: o.set_index('attack') for k,o in tables.items()}
     width = 1.5 + max(map(len, tables.values()))*(0.3*len(tables) + 0.7)
-    return _plot(tables, kind='bar', ax=ax, width=0.8, xlabel='', rot=0, legend=len(tables) > 1,
-                 figsize=None if ax else (width, 3.2), error_kw=dict(ecolor='0.2', lw=1))
+    ax = _plot(tables, kind='bar', ax=ax, width=0.8, xlabel='', rot=0, legend=False,
+               figsize=None if ax else (width, 3.2), error_kw=dict(ecolor='0.2', lw=1))
+    if len(tables) > 1: ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
+    return ax
 
 # %% ../nbs/07_evaluation.ipynb #977f390a
 def accuracy_curves(

@@ -12,9 +12,7 @@ from fastcore.basics import patch
 from functools import partial, wraps
 from pathlib import Path
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from .data import AderError, _import_quietly, as_float
-_tv = _import_quietly('torchvision.models')
 
 # %% ../nbs/21_networks.ipynb #b72da15d
 class Normalize(nn.Module):
@@ -139,17 +137,29 @@ def _init_weights(net:nn.Module) -> nn.Module: # convolutions as of He (fan-out)
     return net
 
 # %% ../nbs/21_networks.ipynb #fcd89401
-def _basic_block(i:int, o:int, stride:int) -> nn.Module:
-    if stride == 1 and i == o: return _tv.resnet.BasicBlock(i, o, stride)
-    some = [nn.AvgPool2d(1, stride)] if i < 8 else [] # else oneDNN writes outside its memory (AVX2)
-    short = nn.Sequential(*some, *_conv_bn(i, o, 1, 1 if some else stride))
-    return _tv.resnet.BasicBlock(i, o, stride, short)
+class _BasicBlock(nn.Module):
+    "Two 3×3 convolutions beside a shortcut (He et al. 2016); parts are named as in torchvision."
+    def __init__(self, i:int, o:int, stride:int):
+        super().__init__()
+        short = None
+        if stride > 1 or i != o:
+            some = [nn.AvgPool2d(1, stride)] if i < 8 else [] # else oneDNN writes astray (AVX2)
+            short = nn.Sequential(*some, *_conv_bn(i, o, 1, 1 if some else stride))
+        self.conv1, self.bn1 = _conv_bn(i, o, 3, stride)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = _conv_bn(o, o, 3)
+        self.downsample = short
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 # %% ../nbs/21_networks.ipynb #81a444d7
 def _resnet(widths, n, in_channels, classes, mean, std, stem_stride=1) -> Net:
     stem = nn.Sequential(*_conv_bn(in_channels, widths[0], 3, stem_stride), nn.ReLU(inplace=True))
     strides = [1] + [2]*(len(widths)-1)
-    stages = _stages(_basic_block, [widths[0], *widths], widths, n, strides)
+    stages = _stages(_BasicBlock, [widths[0], *widths], widths, n, strides)
     head = nn.Sequential(*_pool_head(widths[-1], classes))
     return _init_weights(Net(stem, stages, head, widths, in_channels, classes, mean, std))
 
@@ -261,7 +271,8 @@ def mobilenet_v2(
     "MobileNet-V2 (Sandler et al. 2018) for images of about 32×32."
     if not width_mult > 0: raise AderError(f'width_mult must be above 0, got {width_mult}')
     rows = [(1,16,1,1), (6,24,2,1), (6,32,3,2), (6,64,4,2), (6,96,3,1), (6,160,3,2), (6,320,1,1)]
-    theirs = _tv.mobilenetv2.MobileNetV2(classes, width_mult, rows, dropout=0.)
+    models = _import_quietly('torchvision.models')
+    theirs = models.MobileNetV2(classes, width_mult, rows, dropout=0.)
     stem, *blocks, last = theirs.features
     stem[0] = nn.Conv2d(in_channels, stem[0].out_channels, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(stem[0].weight, mode='fan_out')
@@ -282,6 +293,7 @@ def multiply_adds(
     size:int|tuple[int,int,int]=32 # pixels, height and width of an image; or (C, H, W)
 ) -> int: # for one image, in convolutions and linear layers
     "How many multiplications (each with an addition) one image costs."
+    from torch.utils.flop_counter import FlopCounterMode # which imports a compiler
     image = (net.in_channels, size, size) if isinstance(size, int) else size
     x = torch.empty(2, *image, device='meta') # two, because batch norm refuses to train on one
     ghosts = {k: v.to('meta') for k,v in (*net.named_parameters(), *net.named_buffers())}

@@ -43,11 +43,11 @@ def test_it_installs_under_that_name_and_its_commands_are_there(wheel, tmp_path)
 import sys; sys.path.insert(0, sys.argv.pop(1))
 came = lambda names: print([o for o in names.split() if o in sys.modules])
 import ader.data; came('fastai torchvision sklearn matplotlib PIL fastprogress')
-import ader.attacks; came('fastai pyautoattack pandas')
+import ader.attacks; came('fastai pyautoattack pandas torchvision')
 from importlib.metadata import distribution
 d = distribution('ader-distill')
 for e in sorted(d.entry_points.select(group='console_scripts')): print(e.name, callable(e.load()))
-came('ray onnx onnxruntime huggingface_hub accelerate')
+came('ray onnx onnxruntime huggingface_hub accelerate torchvision torch._dynamo')
 print(ader.__file__)
 '''
     r = call('-W', 'ignore', '-c', code, tmp_path, cwd=tmp_path)

@@ -3,15 +3,14 @@ import ader.cli, numpy as np, pytest, re, shlex
 from PIL import Image
 from ader.attacks import PGD
 from ader.checkpoints import load
-from ader.training import Method
 from pathlib import Path
 from nbdev.config import get_config
 
 
 def test_the_code_of_the_readme_runs(monkeypatch):
-    "As it stands, but with two steps of attack in training, which is quicker."
-    attack = lambda self, threat: PGD(threat, 2, 5/8*threat.eps, self.start, self.inner_loss)
-    monkeypatch.setattr(Method, 'training_attack', attack)
+    "As it stands, but attacks have two steps in training and validation, which is quicker."
+    quick = lambda threat, steps, step_size=None, *args, **kw: PGD(threat, 2, 5/8*threat.eps, *args, **kw)
+    monkeypatch.setattr('ader.training.PGD', quick)
     code = re.search(r'```py\n(.*?)```', (Path(get_config().config_path)/'README.md').read_text(), re.S)[1]
     scope = {}
     body, last = code.strip().rsplit('\n', 1)
