@@ -180,7 +180,7 @@ def _evaluations(net:nn.Module, threat:Threat, steps:int=20, bs:int=128) -> dict
         ART=lambda x, y: torch.from_numpy(art.generate(x.numpy(), y.numpy()))).items()})
 
 # %% ../nbs/29_bench.ipynb #ebb1b432
-def _race(fs:dict, x, y, rounds:int, **about) -> list[dict]: # functions as of `_evaluations`
+def _compare(fs:dict, x, y, rounds:int, **about) -> list[dict]: # functions as of `_evaluations`
     found = defaultdict(list)
     times = in_turn({o: lambda o=o: found[o].append(fs[o](x, y)) for o in fs}, rounds)
     rows = [dict(about, library=o, seconds=times[o].median(), images=len(y),
@@ -190,11 +190,11 @@ def _race(fs:dict, x, y, rounds:int, **about) -> list[dict]: # functions as of `
               .format(**r), flush=True)
     return rows
 
-def bench_eval(rounds:int=7, n:int=200) -> list[dict]: # n: photographs
+def bench_eval(rounds:int=7, n:int=100) -> list[dict]: # n: photographs
     "PGD-20 on a robust and on a natural network, by ours and by three libraries."
     (x, y, _), rows = sample_images(n), []
     for kind,name in dict(robust='robust', natural='clean').items():
-        rows += _race(_evaluations(sample_net(name), Threat()), x, y, rounds, network=kind)
+        rows += _compare(_evaluations(sample_net(name), Threat()), x, y, rounds, network=kind)
     return rows
 
 # %% ../nbs/29_bench.ipynb #40d220d0
@@ -207,7 +207,7 @@ def bench_autoattack(rounds:int=3, n:int=100) -> list[dict]: # n: photographs
         attack = Standard(net, eps=threat.eps, seed=0, device='cpu')
         z, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
         with torch.no_grad(): return (net(z).argmax(1) == y).float().mean().item()
-    return _race(dict(ader=ours, pyautoattack=theirs), x, y, rounds, network='robust')
+    return _compare(dict(ader=ours, pyautoattack=theirs), x, y, rounds, network='robust')
 
 # %% ../nbs/29_bench.ipynb #aa96ace1
 def _from_proc(file:str, pattern:str) -> str|None: # what the group matches, on Linux
