@@ -14,6 +14,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from timeit import timeit
 from torch import nn
 from torch.nn import functional as F
 from .attacks import AutoAttack, PGD_sat, Threat
@@ -90,11 +91,9 @@ def _steps(student:str, teachers:str, bs:int=128, device='cpu', compile=False) -
 
 # %% ../nbs/29_bench.ipynb #f4947b5d
 def in_turn(fs:dict, rounds:int=7) -> pd.DataFrame: # a row a round, a column a function: seconds
-    "Time several functions without arguments in turn, by `torch.utils.benchmark`."
-    n = torch.get_num_threads()
-    Timer = _import_quietly('torch.utils.benchmark').Timer
-    timers = {k: Timer('f()', globals=dict(f=f), num_threads=n) for k,f in fs.items()}
-    times = [{k: t.timeit(1).mean for k,t in timers.items()} for _ in range(rounds + 1)]
+    "Time several functions without arguments in turn, by the clock of `torch.utils.benchmark`."
+    timer = _import_quietly('torch.utils.benchmark').timer # waits for a GPU; `Timer` runs all thrice
+    times = [{k: timeit(f, timer=timer, number=1) for k,f in fs.items()} for _ in range(rounds + 1)]
     return pd.DataFrame(times[1:]) # the first round warms up
 
 def _ratio(times:pd.DataFrame, base:str) -> dict: # how many times as fast as `base` ours is
@@ -198,7 +197,7 @@ def bench_eval(rounds:int=7, n:int=100) -> list[dict]: # n: photographs
     return rows
 
 # %% ../nbs/29_bench.ipynb #40d220d0
-def bench_autoattack(rounds:int=3, n:int=100) -> list[dict]: # n: photographs
+def bench_autoattack(rounds:int=3, n:int=50) -> list[dict]: # n: photographs
     "AutoAttack on a robust network, by ours and by `pyautoattack` itself."
     from pyautoattack import AutoAttack as Standard
     (x, y, _), net, threat = sample_images(n), sample_net('robust'), Threat()
