@@ -92,7 +92,7 @@ def _steps(student:str, teachers:str, bs:int=128, device='cpu', compile=False) -
 # %% ../nbs/29_bench.ipynb #f4947b5d
 def in_turn(fs:dict, rounds:int=7) -> pd.DataFrame: # a row a round, a column a function: seconds
     "Time several functions without arguments in turn, by the clock of `torch.utils.benchmark`."
-    timer = _import_quietly('torch.utils.benchmark').timer # waits for a GPU; `Timer` runs all thrice
+    timer = _import_quietly('torch.utils.benchmark').timer # it waits for a GPU
     times = [{k: timeit(f, timer=timer, number=1) for k,f in fs.items()} for _ in range(rounds + 1)]
     return pd.DataFrame(times[1:]) # the first round warms up
 
