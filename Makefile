@@ -3,24 +3,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 WHEEL_READY := .venv-wheel/ready
-# Small networks gain nothing from more threads, and two workers with two threads each on two cores wait for each other.
+# Small networks gain nothing from more threads, and two processes with two threads each on two cores wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 # Most of what is installed is never imported; Python compiles the rest when it is.
 INSTALL := pip install --quiet --no-compile
 
-.PHONY: demo test notebooks lab docs docs-serve readme notebooks-in-step wheel clean
+.PHONY: demo test pytest notebooks lab docs docs-serve readme notebooks-in-step wheel clean
 
 demo: $(READY)
 	$(BIN)/ader_demo $(ARGS)
 
-# An installation mostly waits for the disk, so that the notebooks run beside it.
-test: $(READY) notebooks-in-step
-	$(MAKE) --no-print-directory --jobs 2 notebooks $(WHEEL_READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
-	$(MAKE) --no-print-directory wheel
+# An installation mostly waits for the disk: both at once. Then a core for the notebooks, and one for the tests.
+test:
+	@$(MAKE) --no-print-directory --jobs 2 $(READY) $(WHEEL_READY)
+	@$(MAKE) --no-print-directory notebooks-in-step
+	@$(MAKE) --no-print-directory --jobs 2 WORKERS=1 notebooks pytest wheel
 
+pytest: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q tests
+
+WORKERS ?= 2
 notebooks: $(READY)
-	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb
@@ -60,7 +64,8 @@ wheel: $(WHEEL_READY)
 	rm -rf dist
 	.venv-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-wheel/bin/$(INSTALL) --no-deps --force-reinstall dist/*.whl
-	cd dist && ../.venv-wheel/bin/ader_demo --quick --workers 2 --out demo-of-the-wheel
+	cd dist && $(ONE_THREAD) ../.venv-wheel/bin/ader_teach --epochs 1 --images 100
+	cd dist && $(ONE_THREAD) ../.venv-wheel/bin/ader_evaluate teacher --images 20
 
 clean:
 	rm -rf .venv .venv-wheel dist build *.egg-info _docs _proc

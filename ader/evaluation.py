@@ -54,17 +54,18 @@ def _first_batches(data, images:int|None, device) -> list[tuple[Tensor, Tensor]]
     return out
 
 # %% ../nbs/07_evaluation.ipynb #986bd504
-def _still_correct(model, search, attack, x, y, ok, rng, bs) -> Tensor: # (B,) bool
-    "Which of the images `ok` are correct under the attack; those that are not `ok` are left out."
-    if not ok.any(): return ok
-    z, y = x[ok], y[ok]
+def _still_correct(model, search, attack, x, y, some, rng, bs) -> Tensor: # (len(some),) bool
+    "Which of `some` images, given as indices, are correct under the attack."
+    z, at, y = x, some, y[some]
     if attack is not None:
+        clean, at = x[some], torch.arange(len(some), device=x.device)
         early = hasattr(attack, 'until_fooled')
-        z = attack.until_fooled(search, z, y, rng, bs) if early else attack(search, z, y, rng)
-        getattr(attack, 'threat', Threat(1)).check(z, x[ok], attack)
+        z = attack.until_fooled(search, clean, y, rng, bs) if early else attack(search, clean, y, rng)
+        getattr(attack, 'threat', Threat(1)).check(z, clean, attack)
+    if x.device.type == 'cpu': bs = min(bs, 64) # as fast, with less memory
     with frozen(model), torch.no_grad():
-        correct = [model(a).argmax(1) == b for a,b in zip(z.split(bs), y.split(bs))]
-    return ok.masked_scatter(ok, torch.cat(correct))
+        correct = [model(z[i]).argmax(1) == b for i,b in zip(at.split(bs), y.split(bs))]
+    return torch.cat(correct)
 
 # %% ../nbs/07_evaluation.ipynb #957b2ffa
 def _bytes(o) -> bytes: # that tell tensors, networks, attacks and the like from others
@@ -110,7 +111,9 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
         with _exact(), count_passes(*nets) as n:
-            correct = _still_correct(model, search, attack, x[some], y[some], ok[some], rng, bs)
+            correct = ok[some] # what another attack fooled is left out
+            if correct.any(): correct = correct.masked_scatter(correct, _still_correct(
+                model, search, attack, x, y, some[correct], rng, bs))
         done['correct'] += correct.int().tolist()
         for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v
         if key: atomic_write(Path(file), json.dumps({key: done}).encode())

@@ -132,8 +132,9 @@ def _pool_head(width:int, classes:int) -> list[nn.Module]:
 
 # %% ../nbs/21_networks.ipynb #42c847f7
 def _init_weights(net:nn.Module) -> nn.Module: # convolutions as of He (fan-out), as in torchvision
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, 0, 'fan_out', 'relu')
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    for m in convs: # without memory there is nothing to draw, and torch would import a compiler
+        if not m.weight.is_meta: nn.init.kaiming_normal_(m.weight, 0, 'fan_out', 'relu')
     return net
 
 # %% ../nbs/21_networks.ipynb #fcd89401

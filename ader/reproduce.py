@@ -376,16 +376,22 @@ def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a
     return len(dls.train)*(at[2][1] - at[0][1])/2 + (n + min(n, 128))*12*one, one
 
 # %% ../nbs/28_reproduce.ipynb #a30dcfca
+def _pace(run:Run) -> tuple: # test images; seconds of an epoch, of a step on one image
+    dls = _data(replace(run, schedule=run.schedule | dict(bs=32))) # a small batch: soon measured
+    fresh = lambda t: add_attention(net_from_text(t.net, dls)) # as teachers
+    return len(dls.test.dataset), *measure_seconds(*_prepare(run, dls, fresh), dls)
+
 def _estimate(runs, folder, results): # prints what is still to be done, and how long it takes
-    todo, hours = _pending(runs, folder, results), 0
+    todo, hours, paces = _pending(runs, folder, results), 0, {}
     for run in todo:
-        dls, epochs = _data(run), 0 if _is_trained(run, folder) else run.schedule['epochs']
-        fresh = lambda t: add_attention(net_from_text(t.net, dls)) # as teachers
-        epoch, one = measure_seconds(*_prepare(run, dls, fresh), dls)
-        correct, n = 0.1 if run.method == 'Natural' else 0.6, len(dls.test.dataset) # on average
+        key = run.method, run.net, run.data, str(run.settings), *[t.net for t in run.needs]
+        if key not in paces: paces[key] = _pace(run)
+        n, epoch, one = paces[key]
+        correct = 0.1 if run.method == 'Natural' else 0.6 # on average
         steps = sum(_STEPS[k.removeprefix('transfer-')]*o.get('images', n)
                     for k,o in run.evaluate.items())
-        training, evaluation = epochs*epoch/60, (correct*steps + n)*one/60
+        training = 0 if _is_trained(run, folder) else run.schedule['epochs']*epoch/60
+        evaluation = (correct*steps + n)*one/60
         print(f'{run.name:45s} {run.net:40s} {training:.1f} + {evaluation:.1f} min', flush=True)
         hours += (training + evaluation)/60
     n = len(in_order(runs))

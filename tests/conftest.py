@@ -15,13 +15,6 @@ settings.load_profile('ader')
 
 torch.set_num_threads(1) # such small networks are slower with more
 
-LONG = 'site', 'readme', 'reproduce', 'cli', 'distributed', 'fit', 'deploy', 'doors' # the longest first
-
-def pytest_collection_modifyitems(items):
-    "With two processes a long file at the end would run alone."
-    rank = {f'test_{k}.py': i for i,k in enumerate(LONG)}
-    items.sort(key=lambda o: rank.get(o.path.name, len(LONG)))
-
 @pytest.fixture(autouse=True)
 def seed():
     "Every test starts from the same global random state."
@@ -35,9 +28,9 @@ def all_digits():
 @pytest.fixture(scope='session')
 def few_digits():
     "A function as `digits`, on the CPU, of 200 training, 60 validation and 100 test images."
-    def make(**kwargs):
+    def make(sizes=(200, 60, 100), **kwargs):
         dls = digits(**kwargs | dict(device='cpu'))
-        for dl,n in zip(dls.loaders, (200, 60, 100)):
+        for dl,n in zip(dls.loaders, sizes):
             (dl.dataset.x, dl.dataset.y), dl.n = dl.dataset[:n], n
         return dls
     return make

@@ -47,6 +47,7 @@ import ader.attacks; came('fastai pyautoattack pandas torchvision')
 from importlib.metadata import distribution
 d = distribution('ader-distill')
 for e in sorted(d.entry_points.select(group='console_scripts')): print(e.name, callable(e.load()))
+from ader.samples import sample_net; sample_net('student')
 came('ray onnx onnxruntime huggingface_hub accelerate torchvision torch._dynamo')
 print(ader.__file__)
 '''
