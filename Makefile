@@ -16,8 +16,7 @@ demo: $(READY)
 # An installation mostly waits for the disk: both at once. Then a core for the notebooks, and one for the tests.
 test:
 	@$(MAKE) --no-print-directory --jobs 2 $(READY) $(WHEEL_READY)
-	@$(MAKE) --no-print-directory notebooks-in-step
-	@$(MAKE) --no-print-directory --jobs 2 WORKERS=1 notebooks pytest wheel
+	@$(MAKE) --no-print-directory --jobs 2 WORKERS=1 notebooks-in-step notebooks pytest wheel
 
 pytest: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests

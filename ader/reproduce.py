@@ -372,8 +372,8 @@ def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a
     copy, start = FrozenCopy(net.eval(), x, 'float32'), time.perf_counter()
     PGD(method.attack.threat, 4)(copy, x, y).sum().item()
     one = (time.perf_counter() - start)/4/len(x)
-    n = len(dls.valid.dataset) # attacked in ten steps; some of them twice, see `Method.after_epoch`
-    return len(dls.train)*(at[2][1] - at[0][1])/2 + (n + min(n, 128))*12*one, one
+    validation = 12*one*len(dls.valid.dataset) # attacked in ten steps
+    return len(dls.train)*(at[2][1] - at[0][1])/2 + validation, one
 
 # %% ../nbs/28_reproduce.ipynb #a30dcfca
 def _pace(run:Run) -> tuple: # test images; seconds of an epoch, of a step on one image

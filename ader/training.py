@@ -159,6 +159,7 @@ class Accuracy(ValueMetric):
     def __init__(self, name:str, attack:PGD|None=None, precision:str='auto'):
         super().__init__(self.share, name)
         self.attack, self.precision = attack, precision
+        self.reset()
     def share(self): return self.right/max(self.n, 1)
     def reset(self): self.right, self.n, self.copy = 0, 0, None
     def accumulate(self, learn):
@@ -339,12 +340,12 @@ def after_epoch(self:Method):
     own = replace(self.attack, loss='ce', start='image') # draws no random numbers
     whole = self.steps <= 3 and self.steps*own.step_size >= own.threat.eps
     if not (self._attacked and whole): return
-    (x, y), net, attacks = self._watched, self.net, (own, PGD(own.threat, 10, start='image'))
-    with frozen(net), torch.no_grad():
-        right = [(net(a.perturb(net, x, y)).argmax(1) == y).float().mean() for a in attacks]
-    short, long = all_reduce_mean(torch.stack(right)).cpu()
-    self._best = torch.maximum(self._best.cpu(), long)
-    if long < self._best/2 and short > 2*long + 0.2: raise AderError(
+    (x, y), net, long = self._watched, self.net, self._own[1].share()
+    self._best = self._best.cpu().clamp_min(long)
+    if long >= self._best/2: return
+    with frozen(net), torch.no_grad(): right = net(own.perturb(net, x, y)).argmax(1) == y
+    short = all_reduce_mean(right.float().mean()).item()
+    if short > 2*long + 0.2: raise AderError(
         f'catastrophic overfitting in epoch {self.epoch}: on validation images {short:.0%} are '
         f'correct under the attack of the training (steps={self.steps}) and {long:.0%} under ten '
         f'steps, after {self._best:.0%}; take more steps, or a lower learning rate')
