@@ -375,12 +375,13 @@ def measure_seconds(method, net, dls) -> tuple[float,float]: # of an epoch; of a
     validation = 12*one*len(dls.valid.dataset) # attacked in ten steps
     return len(dls.train)*(at[2][1] - at[0][1])/2 + validation, one
 
-# %% ../nbs/28_reproduce.ipynb #a30dcfca
+# %% ../nbs/28_reproduce.ipynb #b9fb62eb
 def _pace(run:Run) -> tuple: # test images; seconds of an epoch, of a step on one image
     dls = _data(replace(run, schedule=run.schedule | dict(bs=32))) # a small batch: soon measured
     fresh = lambda t: add_attention(net_from_text(t.net, dls)) # as teachers
     return len(dls.test.dataset), *measure_seconds(*_prepare(run, dls, fresh), dls)
 
+# %% ../nbs/28_reproduce.ipynb #a30dcfca
 def _estimate(runs, folder, results): # prints what is still to be done, and how long it takes
     todo, hours, paces = _pending(runs, folder, results), 0, {}
     for run in todo:
