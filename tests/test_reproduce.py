@@ -11,6 +11,7 @@ from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, in_orde
 from ader.training import PrintEpochs
 
 FEW = {a: dict(images=40) for a in ('FGSM', 'PGD_sat')}
+ALL = ['clean', 'FGSM', 'PGD_sat', 'transfer-PGD_sat'] # measured of a student
 SHORT = dict(schedule=one_cycle(1, 1e-2), evaluate=FEW)
 
 def student(**more):
@@ -18,7 +19,9 @@ def student(**more):
     settings = dict(steps=2)
     clean, robust = (Run(m, 'small_resnet:width=4', settings=settings, **SHORT) for m in ('Natural', 'TRADES'))
     teachers = dict(clean=clean, robust=robust)
-    return Run('ADER', 'small_resnet:width=4', teachers=teachers, settings=settings, **(SHORT | more))
+    evaluate = FEW | {'transfer-PGD_sat': dict(images=40, surrogate=robust)}
+    more = SHORT | dict(evaluate=evaluate) | more
+    return Run('ADER', 'small_resnet:width=4', teachers=teachers, settings=settings, **more)
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
@@ -63,7 +66,7 @@ def test_order_and_merging():
 
 def test_a_record_says_everything(done):
     r = read_records(done)[student().id]
-    assert [o['attack'] for o in r.robustness] == ['clean', 'FGSM', 'PGD_sat'] and len(r.epochs) == 1
+    assert [o['attack'] for o in r.robustness] == ALL and len(r.epochs) == 1
     assert r.source == dict(data='digits', training=1000, validation=297, test=500)
     assert r['clean']['images'] == 500 and r['FGSM']['images'] == 40 and r['none'] is None
     assert len(r.checks) >= 8 and set(r.code) >= {'version'} and r.config['method'] == 'ADER'
@@ -89,7 +92,7 @@ def test_nothing_is_done_twice(done, monkeypatch):
     assert _pending([student()], done, done/'results') == []
     monkeypatch.setattr(reproduce, 'train', None)
     more = run_one(replace(student(), evaluate=dict(CW_inf=dict(images=40))), done)
-    assert [o['attack'] for o in more.robustness] == ['clean', 'FGSM', 'PGD_sat', 'CW_inf']
+    assert [o['attack'] for o in more.robustness] == [*ALL[:3], 'CW_inf', ALL[3]]
 
 def test_more_images_are_to_be_done(done):
     r = student(evaluate=dict(FGSM=dict(images=60)))
