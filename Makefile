@@ -16,7 +16,8 @@ demo: $(READY)
 # An installation mostly waits for the disk: both at once. Then a core for the notebooks, and one for the tests.
 test:
 	@$(MAKE) --no-print-directory --jobs 2 $(READY) $(WHEEL_READY)
-	@$(MAKE) --no-print-directory --jobs 2 WORKERS=1 notebooks-in-step notebooks pytest wheel
+	@$(MAKE) --no-print-directory notebooks-in-step
+	@$(MAKE) --no-print-directory --jobs 2 WORKERS=1 notebooks pytest wheel
 
 pytest: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests
@@ -56,7 +57,8 @@ $(WHEEL_READY): settings.ini setup.py
 	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/$(INSTALL) --upgrade pip
-	.venv-wheel/bin/$(INSTALL) .
+	mkdir .venv-wheel/source && cp -r ader settings.ini setup.py README.md .venv-wheel/source # nobody else builds there
+	.venv-wheel/bin/$(INSTALL) .venv-wheel/source
 	touch $@
 
 wheel: $(WHEEL_READY)

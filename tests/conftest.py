@@ -28,9 +28,9 @@ def all_digits():
 @pytest.fixture(scope='session')
 def few_digits():
     "A function as `digits`, on the CPU, of 200 training, 60 validation and 100 test images."
-    def make(sizes=(200, 60, 100), **kwargs):
+    def make(**kwargs):
         dls = digits(**kwargs | dict(device='cpu'))
-        for dl,n in zip(dls.loaders, sizes):
+        for dl,n in zip(dls.loaders, (200, 60, 100)):
             (dl.dataset.x, dl.dataset.y), dl.n = dl.dataset[:n], n
         return dls
     return make

@@ -126,9 +126,8 @@ def test_killed_and_continued(tmp_path):
 # ---- side by side
 
 def test_a_pool_of_processes_does_what_one_does(done, tmp_path):
-    teacher = student().teachers['clean']
-    assert run_all([teacher], tmp_path) == {}
-    a, b = (read_records(o)[teacher.id] for o in (done, tmp_path))
+    assert run_all([student()], tmp_path) == {}
+    a, b = (read_records(o)[student().id] for o in (done, tmp_path))
     assert a.weights == b.weights
 
 def test_ray(done, tmp_path):
