@@ -46,14 +46,17 @@ class Method(_InFit):
         branch_weight:float=1., # of the loss of the attention branch; 0: the paper taken literally
         teachers:dict[str,nn.Module]|None=None, # by role
         precision:str='auto', # 'float32', 'bfloat16', or 'auto': see `ader.speed.dtype_of`
-        compile:bool=False # compile the copies that are attacked and asked
+        compile:bool=False, # compile the copies that are attacked and asked
+        joint:bool=False # clean and attacked images in one batch, so that batch norm sees both
     ):
         self._set(branch_weight=branch_weight)
         self.threat, self.steps, self.step_size, self.compile = threat, steps, step_size, compile
+        self.joint = joint
         self.teachers, self.precision, self.terms = teachers or {}, precision, defaultdict(list)
         self._copies, self._asked, self._graphs, self._own = {}, {}, {}, L()
         self._dtype, self._warned = dtype_of(precision, nn.Flatten()), ''
-        self._batch = self._first = self._hooked = self._attacked = None
+        self._batch = self._hooked = self._attacked = None
+        self._pair, self._passed = (), [] # images that share a pass; (images, output) not used yet
         self.training_attack(threat or Threat()) # refuses bad settings now
 
     def _set(self, most=math.inf, /, **values): # attributes between 0 and `most`
@@ -87,10 +90,23 @@ def frozen_copy(self:Method, role:str) -> nn.Module:
 def student(self:Method, x:Tensor) -> AttentionOutput:
     "Logits, map and branch logits of the student, in training mode."
     net = self.learn.model
-    if self._first and self._first[0] is x: out, self._first = self._first[1], None
-    else: out = run_in(self._dtype, partial(forward_with_attention, net), x)
+    if not any(o is x for o,_ in self._passed):
+        images = self._together(x)
+        out = run_in(self._dtype, partial(forward_with_attention, net), _cat(images))
+        self._passed = self._passed + _apart(images, out)
+    out = next(out for o,out in self._passed if o is x)
+    self._passed = [o for o in self._passed if o[0] is not x]
     if net is self.net or self.branch_weight or out.branch_logits is None: return out
     return out._replace(logits=out.logits + 0*out.branch_logits.sum()) # all gradients are awaited
+
+@patch
+def _together(self:Method, x:Tensor) -> tuple[Tensor]: # the images of the student's pass on `x`
+    return self._pair if any(o is x for o in self._pair) else (x,)
+
+def _cat(images): return images[0] if len(images) == 1 else torch.cat(images)
+def _apart(images, out:AttentionOutput) -> list: # of a pass on all: some images, and their output
+    parts = [[None]*len(images) if o is None else o.chunk(len(images)) for o in out]
+    return [(x, AttentionOutput(*o)) for x,*o in zip(images, *parts)]
 
 # %% ../nbs/05_training.ipynb #ed03382e
 @patch
@@ -264,6 +280,7 @@ def before_batch(self:Method):
     with _rank_slice(self.dl): x_adv = self.adversary(x, y)
     if self.iter == 0 and x_adv is not None: _check_float(x_adv, self.attack.threat, 1e-6)
     self._batch, self._attacked = (x, x_adv, y), x_adv is not None
+    self._pair = (x, x_adv) if self.joint and self.first_input == 'x' and self._attacked else ()
     if self.first_input: self._hook(dict(x=x, x_adv=x_adv)[self.first_input])
 
 # %% ../nbs/05_training.ipynb #23a6f0e7
@@ -271,14 +288,17 @@ def before_batch(self:Method):
 def _hook(self:Method, first:Tensor):
     "The learner's pass on `first` gives map and branch logits too, which wait for `student`."
     self._unhook()
-    net, self.learn.xb = self.learn.model, (first,)
+    net, images = self.learn.model, self._together(first)
+    first = _cat(images)
+    self.learn.xb = (first,)
     forward, attend = net.forward, dict(attend=True) if has_attention(net) else {}
     def once(x, **kwargs):
         if x is not first: return forward(x, **kwargs)
         self._unhook()
         out = run_in(self._dtype, forward, x, **attend)
-        self._first = x, out if attend else AttentionOutput(out, None, None)
-        return self._first[1].logits
+        out = out if attend else AttentionOutput(out, None, None)
+        self._passed = _apart(images, out)
+        return self._passed[0][1].logits
     self._hooked, net.forward = (net, vars(net).get('forward')), once
 
 @patch
@@ -286,7 +306,7 @@ def _unhook(self:Method):
     net, forward = self._hooked or (None, None)
     if net is not None: del net.forward
     if forward: net.forward = forward # a wrapper's own
-    self._hooked = self._first = None
+    self._hooked, self._passed = None, []
 
 # %% ../nbs/05_training.ipynb #9fb1ad1d
 class _MethodLoss(GetAttr):
@@ -303,7 +323,7 @@ def _loss(self:Method, pred:Tensor) -> Tensor:
     x, x_adv, y = self._batch
     self.learn.xb, self._batch = (x,), None
     loss, name = self.loss(x, x_adv, y), type(self).__name__
-    if self._first: raise AderError(f"the loss of {name} doesn't use the student's first pass; set "
+    if self._passed: raise AderError(f"the loss of {name} doesn't use the student's first pass; set "
                                     "`first_input` to 'x' or 'x_adv', what it uses first")
     if not (self._labels_used or self.label_loss(pred, y) == F.cross_entropy(pred, y)):
         raise AderError(f'{self.plain_loss} is for labels, and the loss of {name} has no term for '

@@ -54,16 +54,51 @@ class Forwards(Callback):
         if self.training: self.seen.append([])
     def before_validate(self): self.hook.remove()
 
-@pytest.mark.parametrize('name,passes', [('Natural', 1), ('SAT', 1), ('TRADES', 2), ('ADER', 2)])
-def test_training_passes(make, learner, name, passes):
+@pytest.mark.parametrize('name,joint,passes', [('Natural', False, 1), ('Natural', True, 1), ('SAT', False, 1), ('SAT', True, 1),
+                                               ('TRADES', False, 2), ('TRADES', True, 1), ('ADER', False, 2), ('ADER', True, 1)])
+def test_training_passes(make, learner, name, joint, passes):
     "Batch norm learns from the passes of the loss and from nothing else; a pass too many shifts its statistics."
     f = Forwards()
-    learn = learner(make(name), [f])
+    learn = learner(make(name, joint=joint), [f])
     learn.fit(1)
     assert len(f.seen) == 3
     for step in f.seen: assert [o for o in step if o[0]] == [(True, True)]*passes
     n = {k: v.item() for k,v in learn.model.state_dict().items() if 'num_batches_tracked' in k}
     assert set(n.values()) == {3*passes}
+
+def test_a_joint_batch_is_one_pass(learner):
+    "Loss, gradients and statistics of batch norm are those of a single pass on both kinds of images."
+    seen = []
+    class Spy(TRADES):
+        def adversary(self, x, y):
+            self.before = copy.deepcopy(self.net)
+            return super().adversary(x, y)
+        def loss(self, x, x_adv, y):
+            loss, out = super().loss(x, x_adv, y), forward_with_attention(self.before, torch.cat([x, x_adv]))
+            f = lambda z, z_adv: F.cross_entropy(z, y) + 2.5*F.kl_div(z_adv.log_softmax(1), z.log_softmax(1), log_target=True, reduction='batchmean')
+            want, nets = f(*out.logits.chunk(2)) + f(*out.branch_logits.chunk(2)), (self.net, self.before)
+            grads = [torch.autograd.grad(l, [*n.parameters()], retain_graph=True) for l,n in zip((loss, want), nets)]
+            buffers = [[b.float() for b in n.buffers()] for n in nets]
+            for a,b in zip([loss, *grads[0], *buffers[0]], [want, *grads[1], *buffers[1]]): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            seen.append(len(buffers[0]))
+            return loss
+    learner(Spy(beta=2.5, steps=2, joint=True, precision='float32')).fit(1)
+    assert len(seen) == 3 and min(seen) > 0
+
+def test_joint_or_not(make, learner, net):
+    "Without batch norm an image doesn't depend on its batch; and SAT, whose student sees attacked images only, is as it was."
+    def trained(name, joint, norm):
+        torch.manual_seed(0)
+        student = net()
+        for k,m in list(student.named_modules()):
+            if isinstance(m, nn.BatchNorm2d) and not norm: student.set_submodule(k, nn.Identity())
+        learn = learner(make(name, joint=joint, precision='float32'), student=student, opt_func=SGD)
+        learn.fit(1)
+        return weights(learn.model)
+    close = lambda a, b: all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert close(trained('TRADES', False, False), trained('TRADES', True, False))
+    assert not close(trained('TRADES', False, True), trained('TRADES', True, True))
+    assert same(trained('SAT', False, True), trained('SAT', True, True))
 
 @pytest.mark.parametrize('name', ['SAT', 'TRADES', 'ADER'])
 def test_attack_sees_the_student_in_evaluation_mode(make, learner, name):
@@ -498,6 +533,13 @@ def test_own_teachers_by_role(learner, net):
         def loss(self, x, x_adv, y): return F.mse_loss(self.student(x_adv).logits, self.teacher('wise', x).logits)
     learner(One(steps=2, teachers=dict(wise=net().train()))).fit(1)
     with pytest.raises(AderError, match='wise teacher'): learner(One(steps=2, teachers=dict(wise=net(classes=9)))).fit(1)
+
+def test_a_joint_loss_uses_both(learner):
+    "A method that asks for the pass on both and uses one half is told so."
+    class Half(Method):
+        def loss(self, x, x_adv, y): return F.cross_entropy(self.student(x).logits, y)
+    learner(Half(steps=1)).fit(1)
+    with pytest.raises(AderError, match='first pass'): learner(Half(steps=1, joint=True)).fit(1)
 
 def test_a_method_without_a_loss(learner):
     "The message names the method and what it lacks."
