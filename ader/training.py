@@ -47,7 +47,7 @@ class Method(_InFit):
         teachers:dict[str,nn.Module]|None=None, # by role
         precision:str='auto', # 'float32', 'bfloat16', or 'auto': see `ader.speed.dtype_of`
         compile:bool=False, # compile the copies that are attacked and asked
-        joint:bool=False # clean and attacked images in one batch, so that batch norm sees both
+        joint:bool=False # where the student sees clean and attacked images: all in one batch
     ):
         self._set(branch_weight=branch_weight)
         self.threat, self.steps, self.step_size, self.compile = threat, steps, step_size, compile
@@ -262,6 +262,7 @@ def before_fit(self:Method):
 def _end(self:Method):
     self._unhook()
     self._copies, self._graphs, self._asked, self._batch, self._watched = {}, {}, {}, None, None
+    self._pair = ()
     self.learn.loss_func = self.plain_loss
     self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._own)
 
@@ -323,8 +324,10 @@ def _loss(self:Method, pred:Tensor) -> Tensor:
     x, x_adv, y = self._batch
     self.learn.xb, self._batch = (x,), None
     loss, name = self.loss(x, x_adv, y), type(self).__name__
-    if self._passed: raise AderError(f"the loss of {name} doesn't use the student's first pass; set "
-                                    "`first_input` to 'x' or 'x_adv', what it uses first")
+    do = "set `first_input` to 'x' or 'x_adv', what it uses first"
+    if self._pair: do = 'leave `joint` away'
+    if self._passed: raise AderError(
+        f"the loss of {name} doesn't use all of the student's first pass; {do}")
     if not (self._labels_used or self.label_loss(pred, y) == F.cross_entropy(pred, y)):
         raise AderError(f'{self.plain_loss} is for labels, and the loss of {name} has no term for '
                         'them; leave it away')

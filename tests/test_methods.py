@@ -14,7 +14,7 @@ from ader.networks import small_resnet
 from ader.attention import forward_with_attention
 from ader.attacks import PGD, Threat
 from ader.weighting import AdaptiveWeight, ConstantWeight
-from ader.training import Method, Natural, SAT
+from ader.training import AWP, Method, Natural, SAT
 from ader.methods import ADER, TRADES
 
 @pytest.fixture
@@ -84,6 +84,12 @@ def test_a_joint_batch_is_one_pass(learner):
             return loss
     learner(Spy(beta=2.5, steps=2, joint=True, precision='float32')).fit(1)
     assert len(seen) == 3 and min(seen) > 0
+
+def test_the_second_loss_of_awp_is_joint_too(make, learner):
+    "One pass at the weights, one at the moved ones."
+    f = Forwards()
+    learner(make('TRADES', joint=True), [AWP(), f]).fit(1)
+    assert [[o for o in step if o[0]] for step in f.seen] == [[(True, True)]*2]*3
 
 def test_joint_or_not(make, learner, net):
     "Without batch norm an image doesn't depend on its batch; and SAT, whose student sees attacked images only, is as it was."
@@ -503,9 +509,10 @@ def test_float_images_beyond_the_range(make, learner, all_digits):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here DataParallel would leave the CPU')
 def test_student_behind_data_parallel(make, learner, net):
     "The wrapper hides nothing that a method needs."
-    learn = learner(make('ADER'), student=nn.DataParallel(net()))
-    learn.fit(1)
-    assert (learn.ader.history().att_adv > 0).all()
+    for joint in False, True:
+        learn = learner(make('ADER', joint=joint), student=nn.DataParallel(net()))
+        learn.fit(1)
+        assert (learn.ader.history().att_adv > 0).all()
 
 # ---- a method of one's own
 
@@ -539,7 +546,7 @@ def test_a_joint_loss_uses_both(learner):
     class Half(Method):
         def loss(self, x, x_adv, y): return F.cross_entropy(self.student(x).logits, y)
     learner(Half(steps=1)).fit(1)
-    with pytest.raises(AderError, match='first pass'): learner(Half(steps=1, joint=True)).fit(1)
+    with pytest.raises(AderError, match='leave `joint` away'): learner(Half(steps=1, joint=True)).fit(1)
 
 def test_a_method_without_a_loss(learner):
     "The message names the method and what it lacks."
