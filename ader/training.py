@@ -99,14 +99,16 @@ def student(self:Method, x:Tensor) -> AttentionOutput:
     if net is self.net or self.branch_weight or out.branch_logits is None: return out
     return out._replace(logits=out.logits + 0*out.branch_logits.sum()) # all gradients are awaited
 
-@patch
-def _together(self:Method, x:Tensor) -> tuple[Tensor]: # the images of the student's pass on `x`
-    return self._pair if any(o is x for o in self._pair) else (x,)
-
+# %% ../nbs/05_training.ipynb #54358e85
 def _cat(images): return images[0] if len(images) == 1 else torch.cat(images)
 def _apart(images, out:AttentionOutput) -> list: # of a pass on all: some images, and their output
     parts = [[None]*len(images) if o is None else o.chunk(len(images)) for o in out]
     return [(x, AttentionOutput(*o)) for x,*o in zip(images, *parts)]
+
+# %% ../nbs/05_training.ipynb #6b763e64
+@patch
+def _together(self:Method, x:Tensor) -> tuple[Tensor]: # the images of the student's pass on `x`
+    return self._pair if any(o is x for o in self._pair) else (x,)
 
 # %% ../nbs/05_training.ipynb #ed03382e
 @patch
