@@ -316,7 +316,7 @@ def test_a_method_of_one_s_own_joins(net, monkeypatch):
         def __init__(self, robust, strength=2., **kwargs): super().__init__(teachers=dict(robust=robust), **kwargs); self.strength = strength
     monkeypatch.setitem(methods, 'Mine', Mine)
     assert make_method('mine', robust=net(), strength=3.).strength == 3
-    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'precision', 'compile', 'steps', 'step_size', 'branch_weight', 'strength'}
+    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'precision', 'compile', 'joint', 'steps', 'step_size', 'branch_weight', 'strength'}
     with pytest.raises(AderError, match='Mine needs a robust teacher'): make_method('mine')
 
 def test_settings():
