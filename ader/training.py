@@ -94,8 +94,8 @@ def student(self:Method, x:Tensor) -> AttentionOutput:
         images = self._together(x)
         out = run_in(self._dtype, partial(forward_with_attention, net), _cat(images))
         self._passed = self._passed + _apart(images, out)
-    out = next(out for o,out in self._passed if o is x)
-    self._passed = [o for o in self._passed if o[0] is not x]
+    i = next(i for i,(o,_) in enumerate(self._passed) if o is x)
+    _, out = self._passed.pop(i)
     if net is self.net or self.branch_weight or out.branch_logits is None: return out
     return out._replace(logits=out.logits + 0*out.branch_logits.sum()) # all gradients are awaited
 
@@ -326,10 +326,10 @@ def _loss(self:Method, pred:Tensor) -> Tensor:
     x, x_adv, y = self._batch
     self.learn.xb, self._batch = (x,), None
     loss, name = self.loss(x, x_adv, y), type(self).__name__
-    do = "set `first_input` to 'x' or 'x_adv', what it uses first"
-    if self._pair: do = 'leave `joint` away'
-    if self._passed: raise AderError(
-        f"the loss of {name} doesn't use all of the student's first pass; {do}")
+    if self._passed:
+        do = "set `first_input` to 'x' or 'x_adv', what it uses first"
+        if self._pair: do = 'leave `joint` away'
+        raise AderError(f"the loss of {name} doesn't use all of the student's first pass; {do}")
     if not (self._labels_used or self.label_loss(pred, y) == F.cross_entropy(pred, y)):
         raise AderError(f'{self.plain_loss} is for labels, and the loss of {name} has no term for '
                         'them; leave it away')

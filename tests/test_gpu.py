@@ -53,10 +53,11 @@ class StepsDontWait(Callback):
         self.steps += torch.cuda.get_sync_debug_mode() > 0
         torch.cuda.set_sync_debug_mode('default')
 
+@pytest.mark.parametrize('joint', [False, True])
 @pytest.mark.parametrize('name', methods)
-def test_steps_do_not_wait(name):
+def test_steps_do_not_wait(name, joint):
     dls, nets = digits(device='cuda'), [add_attention(small_resnet()).cuda().eval() for _ in range(3)]
-    learn = Learner(dls, nets[0], cbs=[make_method(name, *nets[1:], steps=2), stop := StepsDontWait()])
+    learn = Learner(dls, nets[0], cbs=[make_method(name, *nets[1:], steps=2, joint=joint), stop := StepsDontWait()])
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
     finally: torch.cuda.set_sync_debug_mode('default')

@@ -85,6 +85,12 @@ def test_a_joint_batch_is_one_pass(learner):
     learner(Spy(beta=2.5, steps=2, joint=True, precision='float32')).fit(1)
     assert len(seen) == 3 and min(seen) > 0
 
+def test_a_joint_batch_of_images_that_nobody_attacked(learner):
+    "Where the adversary gives the images back, both halves of the pass are used all the same."
+    f = Forwards()
+    learner(Mixed(steps=1, joint=True), [f]).fit(1)
+    assert [[o for o in step if o[0]] for step in f.seen] == [[(True, True)]]*3
+
 def test_the_second_loss_of_awp_is_joint_too(make, learner):
     "One pass at the weights, one at the moved ones."
     f = Forwards()
