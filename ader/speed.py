@@ -20,14 +20,13 @@ _import_fastai()
 from fastai.optimizer import Optimizer
 
 # %% ../nbs/22_speed.ipynb #e39af91e
-def _has_bfloat16(device:torch.device) -> bool: # natively
+def _has_bfloat16(device:torch.device) -> bool: # and multiplies it faster than float32
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == 'cpu' and cpu
+    return device.type == 'cpu' and torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/22_speed.ipynb #353aa3ee
 def dtype_of(precision:str, net:nn.Module) -> torch.dtype: # 'auto', 'float32' or 'bfloat16'
-    "The type that `net` computes in; 'auto' is bfloat16 where the hardware multiplies it natively."
+    "The type that `net` computes in; 'auto' is bfloat16 where the hardware multiplies it faster."
     if precision not in ('auto', 'float32', 'bfloat16'):
         raise AderError(f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}")
     p = next(net.parameters(), torch.empty(0))

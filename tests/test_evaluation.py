@@ -9,6 +9,7 @@ from ader.evaluation import (accuracy_curves, check_teacher, compare, evaluate, 
                              on_attacks, plot_robustness, show_attacked, wilson, _first_batches,
                              _judge_teacher, _robust_mask, _tabulate)
 from ader.networks import small_resnet
+from ader.speed import dtype_of
 
 COST = ['seconds', 'forward', 'backward']
 
@@ -89,6 +90,13 @@ def test_half_precision_is_evaluated_in_float32(net, run):
     assert run(half, images=100).equals(run(copy.deepcopy(half).float(), images=100))
     assert next(half.parameters()).dtype == torch.bfloat16
 
+
+@pytest.mark.parametrize('amx, dtype', [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_automatic_where_the_cpu_multiplies_matrices_of_it(amx, dtype, monkeypatch):
+    "AVX-512 alone has instructions for it which are slower than those for float32."
+    monkeypatch.setattr('torch.cpu._is_amx_tile_supported', lambda: amx)
+    monkeypatch.setattr('torch.cpu._is_avx512_bf16_supported', lambda: True)
+    assert dtype_of('auto', small_resnet(width=4)) == dtype
 
 def test_the_global_random_state_is_not_used(net, run):
     attacks = [PGD_sat(Threat(0.05))]
