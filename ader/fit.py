@@ -84,9 +84,8 @@ def _fresh(text:str, dls, seed:int=0): # -> network with attention, on the devic
 
 # %% ../nbs/30_fit.ipynb #d785b5fa
 def _method(part:str, name:str, teachers:dict, threat:Threat): # of a part of the plan
-    inner = dict(threat=threat, steps=2, step_size=5/8*threat.eps)
-    if part == 'student': return make_method(name, **teachers, **inner)
-    return Natural(threat=threat) if part == 'clean' else SAT(**inner)
+    if part == 'student': return make_method(name, **teachers, threat=threat, steps=2)
+    return Natural(threat=threat) if part == 'clean' else SAT(threat, steps=2)
 
 # %% ../nbs/30_fit.ipynb #a4be6240
 def plan_nets(

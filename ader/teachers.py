@@ -79,13 +79,15 @@ def teach(
     net:nn.Module, # a network of `ader.networks`, with or without attention
     dls, epochs:int=15, # fastai `DataLoaders`; passes over the training images
     threat:Threat|None=None, # what the attacker may do; default: L∞ with the usual ε of the data
+    steps:int=10, # of the training attack; two take a third of the time
     **kwargs # of `train`
 ) -> AttentionNet: # trained, in evaluation mode, with `metadata`
     "Train a teacher; a network without attention gets an attention block first."
     if method not in TEACHER_METHODS: raise AderError(
         f'a teacher is trained by one of {", ".join(TEACHER_METHODS)}, got {method!r}')
     net = add_attention(net) if isinstance(net, Net) else net
-    return train(TEACHER_METHODS[method](threat=threat), net, dls, epochs, **kwargs).model
+    method = TEACHER_METHODS[method](threat=threat, steps=steps)
+    return train(method, net, dls, epochs, **kwargs).model
 
 # %% ../nbs/24_teachers.ipynb #df035f1f
 def activation_map(g:Tensor) -> Tensor: # (B, N, h, w) features -> (B, 1, h, w) in (0, 1]

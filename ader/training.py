@@ -42,7 +42,7 @@ class Method(_InFit):
     def __init__(self,
         threat:Threat|None=None, # default: Linf with the customary ε of the data
         steps:int=10, # gradient steps of the training attack
-        step_size:float|None=None, # of the training attack, in pixels of [0, 1]; default: ε/4
+        step_size:float|None=None, # of the training attack, in pixels; see `training_attack`
         branch_weight:float=1., # of the loss of the attention branch; 0: the paper taken literally
         teachers:dict[str,nn.Module]|None=None, # by role
         precision:str='auto', # 'float32', 'bfloat16', or 'auto': see `ader.speed.dtype_of`
@@ -64,12 +64,17 @@ class Method(_InFit):
             if not 0 <= v <= most: raise AderError(f'{k} must be from 0 to {most:g}, got {v}')
             setattr(self, k, v)
 
-    def training_attack(self, threat): # -> PGD
-        return PGD(threat, self.steps, self.step_size, self.start, self.inner_loss)
-
     def adversary(self, x:Tensor, y:Tensor) -> Tensor|None: # (B,C,H,W), (B,) -> (B,C,H,W)
         "The adversarial images of this step."
         return self.attack_student(x, y)
+
+# %% ../nbs/05_training.ipynb #5teps1z2
+@patch
+def training_attack(self:Method, threat:Threat) -> PGD:
+    "The attack of the training; the default step size is ε/4, of less than five steps 5/4 ε/steps."
+    a = PGD(threat, self.steps, self.step_size, self.start, self.inner_loss)
+    if self.step_size is not None: return a
+    return replace(a, step_size=threat.eps*max(1/4, 5/4/a.steps))
 
 # %% ../nbs/05_training.ipynb #a960c58d
 @patch(as_prop=True)

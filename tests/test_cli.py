@@ -14,7 +14,7 @@ from ader.networks import small_resnet
 
 def run(command, *argv):
     "The exit code of a command."
-    try: return getattr(cli, f'{command}_cli')([str(o) for o in argv]) or 0
+    try: return cli.command([command, *map(str, argv)]) or 0
     except SystemExit as e: return e.code
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ader.attacks import PGD_sat, Threat
 from ader.attention import InputAdapter, add_attention, forward_with_attention
 from ader.checkpoints import load, save
-from ader.cli import ader_export_cli
+from ader.cli import command
 from ader.data import AderError, digits, image_folder
 from ader.deploy import (StraightThrough, _data_for, ader_export, check_onnx,
                          compare_int8, costs, model_card, onnx_session, push_to_hub, run_onnx,
@@ -247,7 +247,7 @@ def test_misuse_is_one_line_and_leaves_nothing(case, saved, tmp_path, monkeypatc
     Path('hurt/student.safetensors').write_bytes(b'half')
     Path('file').write_text('whole')
     before = {o for o in tmp_path.rglob('*') if o.is_file()}
-    with pytest.raises(SystemExit) as e: ader_export_cli(argv.split())
+    with pytest.raises(SystemExit) as e: command(f'ader_export {argv}')
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count('\n') == 1
     assert err.startswith('ader_export: ') and says in err

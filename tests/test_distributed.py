@@ -56,7 +56,7 @@ sys.path.insert(0, tests)
 import test_distributed as t
 out, rank = Path(out), t.rank_and_world()[0]
 t.train_all(out)
-t.ader.cli.ader_distill_cli(argv)
+t.ader.cli.command(['ader_distill', *argv])
 '''
 
 def near(a, b, tol): # numbers in any nesting
@@ -124,7 +124,7 @@ def test_the_command_in_two_processes(runs, tmp_path, monkeypatch):
     def stop(self):
         if self.epoch == 1: os._exit(9)
         return before_epoch(self)
-    command = lambda: ader.cli.ader_distill_cli([*argv, str(b)])
+    command = lambda: ader.cli.command(['ader_distill', *argv, str(b)])
     with monkeypatch.context() as m:
         m.setattr(ader.checkpoints.Resume, 'before_epoch', stop)
         assert forked(29532, tmp_path, command) == [9, 9]

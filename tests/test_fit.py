@@ -2,7 +2,7 @@
 import json, numpy as np, pytest
 from PIL import Image
 from ader.checkpoints import load
-from ader.cli import ader_fit_cli
+from ader.cli import command
 from ader.data import AderError, Images, dataloaders, digits
 from ader.fit import Clock, ader_fit, describe
 import torch
@@ -34,10 +34,10 @@ def done(photos, tmp_path_factory):
         if len(seen) == 1: raise Killed
     mp = pytest.MonkeyPatch()
     mp.setattr(Clock, 'note', killer)
-    with pytest.raises(Killed): ader_fit_cli(argv)
+    with pytest.raises(Killed): command(['ader_fit', *argv])
     mp.undo()
     before = json.loads((out/'plan.json').read_text())
-    ader_fit_cli(argv)
+    command(['ader_fit', *argv])
     return out, argv, before
 
 def test_all_is_there(done):
@@ -58,7 +58,7 @@ def test_its_clock_continued(done):
 def test_given_again_it_is_finished(done, capsys):
     out, argv, _ = done
     files = {o: o.read_bytes() for o in out.iterdir() if o.is_file()}
-    ader_fit_cli(argv)
+    command(['ader_fit', *argv])
     assert 'finished' in capsys.readouterr().out
     assert {o: o.read_bytes() for o in out.iterdir() if o.is_file()} == files
     with pytest.raises(AderError, match='another command'): ader_fit(argv[0], 5, str(out), eps='8/255')

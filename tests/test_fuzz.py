@@ -91,7 +91,7 @@ def test_command_lines(name, doors, d):
     argv = [o for k in names for o in (f'--{k}', d.draw(VALUES))] + ['--out', str(doors/'out')]
     if name == 'evaluate': argv.insert(0, d.draw(st.one_of(VALUES, st.just('t.json'))))
     before = {o: o.read_bytes() for o in doors.iterdir() if o.is_file()}
-    code, out, err = call(getattr(cli, f'ader_{name}_cli'), argv)
+    code, out, err = call(cli.command, [f'ader_{name}', *argv])
     assert code in ('in', 2), (argv, code)
     if code == 2: assert err.strip().splitlines()[-1].startswith(f'ader_{name}: ') and 'Traceback' not in err, err
     assert {o: o.read_bytes() for o in doors.iterdir() if o.is_file()} == before
@@ -156,5 +156,5 @@ def test_names_lead_nowhere_else(doors):
     sub = doors/'..evil'
     sub.mkdir()
     for n in ('..', '.x'): fits(checkpoints.save, Net(), sub/f'{n}t')
-    code, out, err = call(cli.ader_evaluate_cli, [f'{sub}/..t,{sub}/.xt', '--out', str(doors/'out')])
+    code, out, err = call(cli.command, ['ader_evaluate', f'{sub}/..t,{sub}/.xt', '--out', str(doors/'out')])
     assert code in ('in', 2) and {o.name for o in doors.iterdir()} == {'t.json', 't.safetensors', '..evil', 'out'}

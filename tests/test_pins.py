@@ -267,7 +267,7 @@ def adversaries():
     out, (x, y) = {}, some_digits(16)
     for name,case in CLIMBS:
         nets = [kept('clean'), kept('robust')]
-        settings = dict(settings_of(case), teachers=nets, steps=3)
+        settings = dict(settings_of(case), teachers=nets, steps=3, step_size=0.05)
         method = placed(made(name, settings), fill(new_net(), 3).train(), THREAT)
         torch.manual_seed(0)
         z = adversary_of(method, x, y)
@@ -305,7 +305,7 @@ def runs():
     "An epoch of training by each of four methods, with the augmentation of the digits."
     out = {}
     for name in TRAINED:
-        method = made(name, dict(teachers=[kept('clean'), kept('robust')], steps=3))
+        method = made(name, dict(teachers=[kept('clean'), kept('robust')], steps=3, step_size=0.05))
         out[name] = fitted(method, fill(new_net(), 3), digits(device='cpu'), 1)
     return out
 
@@ -333,7 +333,7 @@ def trained_in_double():
     out = {}
     for name in TRAINED:
         teachers = [kept(o).double() for o in ('clean', 'robust')]
-        method = made(name, dict(teachers=teachers, steps=3))
+        method = made(name, dict(teachers=teachers, steps=3, step_size=0.05))
         student, data = fill(new_net(), 3).double(), few_images(torch.double)
         net, *found = fitted(method, student, data, 1, cbs=Smooth())
         out[name] = print_of(row(net)) + found

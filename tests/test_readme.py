@@ -1,8 +1,9 @@
 "What the README shows must run as it stands."
-import ader.cli, numpy as np, pytest, re, shlex
+import numpy as np, pytest, re, shlex
 from PIL import Image
 from ader.attacks import PGD
 from ader.checkpoints import load
+from ader.cli import command
 from pathlib import Path
 from nbdev.config import get_config
 
@@ -39,7 +40,7 @@ def test_the_commands_of_the_readme_run(photographs, tmp_path, monkeypatch, caps
     for line in block.splitlines():
         name, *argv = shlex.split(line.replace('FOLDER', str(photographs)), comments=True)
         if name != 'ader_evaluate': argv += ['--epochs', '1']
-        getattr(ader.cli, f'{name}_cli')(argv)
+        command([name, *argv])
     out = capsys.readouterr().out
     assert 'AutoAttack' in out and re.search(r'Passed all \d+ sanity checks', out)
     assert load(tmp_path/'student'/'student').metadata['classes'] == ['across', 'down']
