@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AttentionOutput', 'AttentionBlock', 'apply_attention', 'AttentionNet', 'add_attention', 'has_attention',
-           'forward_with_attention', 'show_attention', 'InputAdapter', 'adapt_input']
+           'forward_with_attention', 'show_attention', 'InputAdapter']
 
 # %% ../nbs/01_attention.ipynb #d01e6b21
 from collections import namedtuple
@@ -152,7 +152,7 @@ class InputAdapter(nn.Module):
 archs['input_adapter'] = lambda net, **kwargs: InputAdapter(build(net), **kwargs)
 
 # %% ../nbs/01_attention.ipynb #d9b9b94d
-def adapt_input(
+def _adapt_input(
     net:nn.Module, image:tuple[int,int,int] # a network; (C, H, W) of the images it gets
 ) -> nn.Module: # `net` itself if it was made for such images, else an `InputAdapter` around it
     "`net` for images of this shape."

@@ -15,17 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from .attacks import AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks
 from .attention import add_attention
-from .checkpoints import (Resume, atomic_write, check_folder, checksum, load, read_json,
-                              remove_temp_files, save, saved_files, seed_everything, versions)
-from .data import AderError, digits, load_data, rank_and_world
+from .checkpoints import (Resume, _atomic_write, _check_folder, _checksum, load, _read_json,
+                              _remove_temp_files, save, _saved_files, seed_everything, _versions)
+from .data import AderError, digits, load_data, _rank_and_world
 from .deploy import _data_for, _load_data, _load_several
-from .evaluation import (accuracy_curves, check_teacher, compare, markdown_table,
+from .evaluation import (accuracy_curves, check_teacher, compare, _markdown_table,
                              plot_attention, plot_curves)
 from .methods import METHODS, make_method
 from .networks import net_from_text, small_resnet
-from .sanity import page, png, report_page, robustness_report
+from .sanity import _page, _png, report_page, robustness_report
 from .speed import one_thread
-from .teachers import TEACHER_METHODS, train
+from .teachers import _TEACHER_METHODS, train
 from .training import PrintEpochs
 from fastcore.basics import num_cpus
 from fastcore.meta import delegates
@@ -38,14 +38,13 @@ def _refuse(name:str, why): # one line on the error stream, and exit code 2
     sys.exit(2)
 
 # %% ../nbs/27_command_line.ipynb #79cef1a4
-def _as_command(f, argv:list[str]): # a function with annotations and docments; its arguments
-    "Call `f` with the options of a command line."
+def _as_command(f, argv:list[str]): # a function with annotations and docments; its options
     under = lambda m: '--' + m[0][2:].replace('-', '_') # --dry-run is --dry_run
     parser = anno_parser(f, prog=f.__name__)
     parser.error = partial(_refuse, f.__name__)
     args = vars(parser.parse_args([re.sub('^--[^=]+', under, o) for o in argv]))
     try: f(**{k: args[k] for k in inspect.signature(f).parameters})
-    except AderError as e: _refuse(f.__name__, e)
+    except (AderError, OSError) as e: _refuse(f.__name__, e) # such as a name that is too long
     except KeyboardInterrupt:
         print('\ninterrupted; given again, the same command uses what is finished')
         sys.exit(130)
@@ -60,7 +59,7 @@ def command(
     "Run one of the commands of ader."
     name, *argv = shlex.split(line) if isinstance(line, str) else line or sys.argv
     name = Path(name).stem
-    if rank_and_world()[0] and name not in ('ader_teach', 'ader_distill'): return
+    if _rank_and_world()[0] and name not in ('ader_teach', 'ader_distill'): return
     where = f'ader.{_ELSEWHERE.get(name, "cli")}:{name}'
     _as_command(globals().get(name) or pkgutil.resolve_name(where), argv)
 
@@ -95,7 +94,7 @@ def _demo_net(teachers, threat, epochs, seed, images, checks, name): # students 
     few, checks = dict(few, images=images, precision='float32'), checks if teachers else 0
     report = robustness_report(net, dls.test, threat=threat, checks=checks, seed=seed, **few)
     curve = teachers and accuracy_curves({name: net}, dls.test, PGD_sat(threat, 10), **few)
-    weights = png(method.plot_weights()) if name == 'ADER' else None
+    weights = _png(method.plot_weights()) if name == 'ADER' else None
     return SimpleNamespace(net=net, line=line, report=report, curve=curve, weights=weights)
 
 # %% ../nbs/27_command_line.ipynb #02acde8c
@@ -120,9 +119,9 @@ def _pictures(done:dict, threat:Threat, seed:int) -> dict: # heading -> (caption
     maps = plot_attention(nets, x[i], y[i], nets['ADER'], PGD_sat(threat), seed)
     return {
         'Accuracy as ε grows': ('Under PGD-10, with 95% intervals. The dotted line is the ε of the '
-                                'training.', png(plot_curves(curves, threat.eps).figure)),
+                                'training.', _png(plot_curves(curves, threat.eps).figure)),
         'Attention maps': ('Of both teachers and the ADER student, for clean digits and the same '
-                           'attacked by PGD_sat on the student.', png(maps)),
+                           'attacked by PGD_sat on the student.', _png(maps)),
         'Weights of the losses': ('ω, both losses and their attention terms at every step of the '
                                   'training of the ADER student.', done['ADER'].weights)}
 
@@ -133,17 +132,17 @@ def _write_demo(out:Path, done:dict, pictures:dict, facts:dict) -> str: # the ta
     table, checks = table.rename_axis('network'), reports['ADER'].checks
     doubts = ' '.join(f'{k}: {reports[k].verdict}' for k in _STUDENTS if not reports[k].ok)
     trust = doubts or f'All students passed all {len(checks)} sanity checks.'
-    html = page('Two teachers, eight students, four attacks', f'Percent ± 95% CI. {trust}', table,
+    html = _page('Two teachers, eight students, four attacks', f'Percent ± 95% CI. {trust}', table,
                 pictures, facts, checks, doubts)
     d = pd.concat([r.table.assign(network=k) for k,r in reports.items()])
     d = d[['network', 'attack', 'accuracy', 'low', 'high', 'images']]
     record = dict(facts, sanity=trust, results=d.to_dict('records'),
                   curves=[r for k in _STUDENTS for r in done[k].curve.to_dict('records')])
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    atomic_write({out/'report.html': html.encode(), out/'record.json': text.encode()})
+    _atomic_write({out/'report.html': html.encode(), out/'record.json': text.encode()})
     scores = reports['ADER'].table.set_index('attack').accuracy.to_dict()
     save(done['ADER'].net, out/'student', test=scores)
-    return f'{markdown_table(table)}\nPercent of test images ± 95% CI. {trust}'
+    return f'{_markdown_table(table)}\nPercent of test images ± 95% CI. {trust}'
 
 # %% ../nbs/27_command_line.ipynb #31987328
 def ader_demo(
@@ -157,7 +156,7 @@ def ader_demo(
     "Train two teachers and eight students on digits, attack them all, and write a report."
     start, threat = time.perf_counter(), Threat(eps)
     _check(epochs, seed=seed, workers=workers)
-    out = check_folder(out)
+    out = _check_folder(out)
     epochs, images, checks = (1, 100, 10) if quick else (epochs, 500, 50)
     workers = workers or (1 if quick else min(len(_STUDENTS), num_cpus()))
     print(f'digits, ε = {eps:g}, seed {seed}, {epochs} epochs', flush=True)
@@ -168,16 +167,17 @@ def ader_demo(
         data='digits: 1,000 training, 297 validation, 500 test', evaluated=f'{images} test images',
         networks='small_resnet with attention, width 24 (teachers) and 16 (students)',
         attacks=', '.join(map(repr, paper_attacks(threat))), epochs=epochs, seed=seed,
-        seconds=round(time.perf_counter() - start), machine=platform.machine(), versions=versions())
+        seconds=round(time.perf_counter() - start), machine=platform.machine(),
+        versions=_versions())
     print(f'\n{_write_demo(out, done, pictures, facts)}{" Too short to compare methods."*quick}\n'
           f'{facts["seconds"]} s. The report is in {out/"report.html"}')
 
 # %% ../nbs/27_command_line.ipynb #2c2c738b
 def _finished(config:dict, target:Path) -> bool:
     "Whether this command has been here before; what another one made is not overwritten."
-    about = saved_files(target)[1]
+    about = _saved_files(target)[1]
     if not about.exists(): return False
-    m = read_json(about).get('metadata')
+    m = _read_json(about).get('metadata')
     there = (m if isinstance(m, dict) else {}).get('run_config') or {}
     other = [f'{k} {there.get(k)}, not {v}' for k,v in config.items() if there.get(k) != v]
     if other: raise AderError(f'{about} is another {target.name} ({"; ".join(other)}); '
@@ -210,13 +210,13 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     config = dict(config, method=type(method).__name__, eps=threat and threat.eps, data=data,
                   bs=bs, epochs=epochs, lr=lr, size=size, channels=channels, seed=seed,
                   precision=precision, steps=steps)
-    target, tty = check_folder(out or kind)/kind, sys.stdout.isatty()
+    target, tty = _check_folder(out or kind)/kind, sys.stdout.isatty()
     if fresh: Resume(target).clear()
     elif _finished(config, target): return
     dls = _load_data(metadata, data, size, channels or _channels_in(text, data), bs=bs, seed=seed)
     with _threads(dls):
         seed_everything(seed)
-        first, ds = rank_and_world()[0] == 0, dls.train.dataset
+        first, ds = _rank_and_world()[0] == 0, dls.train.dataset
         net = add_attention(net_from_text(text, dls))
         if first: print(f'{config["method"]}, {text}, {ds}, on {ds.x.device}', flush=True)
         train(method, net, dls, epochs, lr, seed, tty, None if tty else PrintEpochs(), target)
@@ -225,9 +225,9 @@ def _train_and_save(kind, make, text, config, metadata, measure,
         found, more = measure(net, dls.test, threat, images, seed, target, tty)
     save(net, target, run_config=config, **more)
     Resume(target).clear()
-    remove_temp_files(target.parent)
+    _remove_temp_files(target.parent)
     shutil.rmtree(target.parent/'progress', ignore_errors=True)
-    print(f'\n{found}\n\nThe {kind} is in {saved_files(target)[0]}')
+    print(f'\n{found}\n\nThe {kind} is in {_saved_files(target)[0]}')
 
 # %% ../nbs/27_command_line.ipynb #35661879
 @delegates(_train_and_save)
@@ -237,8 +237,9 @@ def ader_teach(
     **kwargs
 ):
     "Train a teacher, measure it, and save it; a killed run continues when it is given again."
-    make = TEACHER_METHODS.get(method)
-    if not make: raise AderError(f'--method is one of {", ".join(TEACHER_METHODS)}, got {method!r}')
+    make = _TEACHER_METHODS.get(method)
+    if not make:
+        raise AderError(f'--method is one of {", ".join(_TEACHER_METHODS)}, got {method!r}')
     def measure(net, dl, threat, images, seed, target, tty):
         return check_teacher(net, dl, threat, images, seed, tty), {} # also in `net.metadata`
     _train_and_save('teacher', make, net, dict(net=net), {}, measure, **kwargs)
@@ -248,7 +249,7 @@ def _measure_student(net, dl, threat, images, seed, target, tty):
     r = robustness_report(net, dl, threat=threat, images=images, seed=seed, progress=tty,
                           folder=target.parent/'progress')
     title = f'{net.metadata["method"]} on {r.settings["data"]}'
-    atomic_write(target.with_name('report.html'), report_page(r, title).encode())
+    _atomic_write(target.with_name('report.html'), report_page(r, title).encode())
     scores = r.table.set_index('attack').accuracy.to_dict()
     return r, dict(test=dict(scores, images=len(r.y), verdict=r.verdict))
 
@@ -263,9 +264,9 @@ def ader_distill(
     **kwargs
 ):
     "Train a student by any method, measure it, and save it with a report; continues when killed."
-    if list: return print(markdown_table(pd.DataFrame(METHODS).set_index('method')))
+    if list: return print(_markdown_table(pd.DataFrame(METHODS).set_index('method')))
     teachers = {k: p and load(p) for k,p in dict(clean=clean, robust=robust).items()}
-    config = dict(student=student, **{k: t and checksum(t) for k,t in teachers.items()})
+    config = dict(student=student, **{k: t and _checksum(t) for k,t in teachers.items()})
     metadata = next((t.metadata for t in teachers.values() if t and t.metadata), {})
     make = partial(make_method, method, *teachers.values())
     _train_and_save('student', make, student, config, metadata, _measure_student, **kwargs)
@@ -285,7 +286,7 @@ def _write_fooled(out:Path, net, dl, r, attack, n:int):
     (x, y), classes = dl.dataset[fooled.to(dl.dataset.y.device)], r.classes
     x_adv = attack(net, x, y, torch.Generator(x.device).manual_seed(0))
     with torch.no_grad(): pred = net(x_adv).argmax(1)
-    check_folder(out)
+    _check_folder(out)
     for i,a,b,t,p in zip(fooled.tolist(), x, x_adv, y.tolist(), pred.tolist()):
         if t == p: continue # not fooled from this start
         save_image(a, out/f'{i:05d}-{classes[t]}.png')
@@ -313,7 +314,7 @@ def ader_evaluate(
     threat = Threat(eps, norm)
     nets, others, tables = _load_several(networks), _load_several(transfer), {}
     if not nets: raise AderError('name at least one saved network')
-    out, loader = check_folder(out), lru_cache(1)(load_data)
+    out, loader = _check_folder(out), lru_cache(1)(load_data)
     for name,net in nets.items():
         dls, t = _data_for(net, data, size=size, channels=channels, loader=loader), threat
         if eps is None: t = Threat(0.5 if t.norm == 'L2' else dls.test.dataset.eps, norm)
@@ -327,7 +328,7 @@ def ader_evaluate(
         tables[name] = r.table
         files = {'html': report_page(r, name), 'csv': r.table.to_csv(index=False),
                  'images.csv': _image_csv(r, dls.test.dataset.files)}
-        atomic_write({out/f'{name}.{k}': o.encode() for k,o in files.items()})
+        _atomic_write({out/f'{name}.{k}': o.encode() for k,o in files.items()})
         _write_fooled(out/name, net, dls.test, r, PGD_sat(t), save_images)
         print(f'{name}, {t.norm}, ε = {t.eps:.4g}\n{r}\nThe page is {out/name}.html\n', flush=True)
-    if len(tables) > 1: print(markdown_table(compare(tables)))
+    if len(tables) > 1: print(_markdown_table(compare(tables)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson', 'evaluate', 'plot_robustness', 'accuracy_curves', 'plot_curves', 'show_attacked', 'plot_attention',
-           'compare', 'markdown_table', 'TeacherCheck', 'on_attacks', 'check_teacher']
+           'compare', 'TeacherCheck', 'check_teacher']
 
 # %% ../nbs/07_evaluation.ipynb #29dc5dac
 import json, time, torch, warnings, pandas as pd
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
-from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, check_output, count_passes,
+from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, _check_output, _count_passes,
                           frozen, kl, paper_attacks)
-from .attention import adapt_input, forward_with_attention, show_attention
-from .checkpoints import atomic_write
-from .data import AderError, as_float, check_images, check_labels, data_facts
+from .attention import _adapt_input, forward_with_attention, show_attention
+from .checkpoints import _atomic_write
+from .data import AderError, as_float, _check_images, _check_labels, _data_facts
 from .speed import FrozenCopy, dtype_of, _float32
 
 # %% ../nbs/07_evaluation.ipynb #a3bb6beb
@@ -32,7 +32,7 @@ def _batches(data): # -> iterable of (x, y, …)
     "Of a loader, a data set, a list of batches, or a pair of all images and labels."
     if isinstance(data, (list, tuple)) and len(data) == 2 and hasattr(data[0], 'ndim'):
         x, y = map(torch.as_tensor, data)
-        check_labels(y, x, y.max() + 1)
+        _check_labels(y, x, y.max() + 1)
         return zip(x.split(256), y.split(256))
     if hasattr(data, '__iter__'): return data
     if isinstance(data[0][0], Tensor): return DataLoader(data, 256)
@@ -46,7 +46,7 @@ def _first_batches(data, images:int|None, device) -> list[tuple[Tensor, Tensor]]
     if left < 1: raise AderError(f'at least 1 image is needed, got {images}')
     for x,y,*_ in _batches(data):
         x, y = (o[:left].as_subclass(Tensor) for o in (x, y))
-        check_images(x)
+        _check_images(x)
         out.append((as_float(x).to(device).float(), y.to(device)))
         left -= len(x)
         if not left: break
@@ -110,13 +110,13 @@ def _robust_mask(model, batches, attack=None, seed=0, mask=None, file=None, prog
         if len(done['correct']) > i*size: continue
         start, rng = time.perf_counter(), torch.Generator(y.device)
         rng.manual_seed(seed*100_003 + i)
-        with _exact(), count_passes(*nets) as n:
+        with _exact(), _count_passes(*nets) as n:
             correct = ok[some] # what another attack fooled is left out
             if correct.any(): correct = correct.masked_scatter(correct, _still_correct(
                 model, search, attack, x, y, some[correct], rng, bs))
         done['correct'] += correct.int().tolist()
         for k,v in dict(vars(n), seconds=time.perf_counter() - start).items(): done[k] += v
-        if key: atomic_write(Path(file), json.dumps({key: done}).encode())
+        if key: _atomic_write(Path(file), json.dumps({key: done}).encode())
     correct = torch.tensor(done.pop('correct'), dtype=torch.bool)
     return torch.zeros(len(y), dtype=torch.bool).scatter(0, todo.cpu(), correct), done
 
@@ -134,7 +134,7 @@ def _tabulate(results:dict[str,tuple[Tensor,dict]]) -> pd.DataFrame: # a row an 
     return pd.DataFrame([row(k, *o) for k,o in results.items()])
 
 # %% ../nbs/07_evaluation.ipynb #a6756373
-def _threat_of(data) -> Threat: return Threat(data_facts(data)[2]) # Linf, customary ε
+def _threat_of(data) -> Threat: return Threat(_data_facts(data)[2]) # Linf, customary ε
 
 def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None, progress=True,
          precision='auto', compile=False):
@@ -144,8 +144,8 @@ def _run(model, dl, attacks=None, threat=None, images=None, seed=0, folder=None,
     names, results = ['clean', *map(repr, attacks), 'worst case'], {}
     if len({*names}) < len(names):
         raise AderError(f'each attack needs a name of its own, got {", ".join(names[1:-1])}')
-    with frozen(net): k = check_output(net, batches[0][0], data_facts(dl)[1])
-    for x,y in batches: check_labels(y, x, k)
+    with frozen(net): k = _check_output(net, batches[0][0], _data_facts(dl)[1])
+    for x,y in batches: _check_labels(y, x, k)
     labels = torch.cat([y for _,y in batches])
     if images and len(labels) >= 10*k and (seen := len(labels.unique())) < k: warnings.warn(
         f'the first {len(labels)} images show {seen} of {k} classes; shuffle sorted ones')
@@ -246,7 +246,7 @@ def show_attacked(
     x_adv = (attack or PGD_sat(_threat_of(dl)))(model, x, y, rng)
     both = torch.stack([x, x_adv], 1).flatten(0, 1)
     with frozen(model), torch.no_grad(): out = forward_with_attention(model, both)
-    added, classes = (both - x.repeat_interleave(2, 0)).mean(1, keepdim=True), data_facts(dl)[1]
+    added, classes = (both - x.repeat_interleave(2, 0)).mean(1, keepdim=True), _data_facts(dl)[1]
     maps = [added] if out.attention is None else [added, out.attention]
     best, names = out.logits.argmax(1).tolist(), ['', 'added', 'attention']
     titles = [classes[k] if classes else k for k in best]
@@ -285,7 +285,7 @@ def compare(
     return pd.DataFrame(rows).T
 
 # %% ../nbs/07_evaluation.ipynb #f3723880
-def markdown_table(t:pd.DataFrame) -> str:
+def _markdown_table(t:pd.DataFrame) -> str:
     "A table in Markdown, its columns padded so that it also reads well as text."
     cells = [[str(i), *map(str, r)] for i,r in zip(t.index, t.values)]
     rows = [[t.index.name or '', *map(str, t.columns)], *cells]
@@ -319,7 +319,7 @@ class TeacherCheck:
     def __repr__(self): return f'{compare({"%": self.scores}).T.to_string()}\n{self.summary}'
 
 # %% ../nbs/07_evaluation.ipynb #cbccdbff
-def on_attacks(
+def _on_attacks(
     teacher:nn.Module, student:nn.Module, batches, # images in [0, 1] -> logits; of (x, y)
     attack:PGD, seed:int=0 # on both of them; of its start
 ) -> dict[str,float]: # entropy in nats, and aligned, a fraction
@@ -339,12 +339,12 @@ def check_teacher(
     threat:Threat|None=None, # default: Linf with the customary ε of the data
     images:int|None=None, # only the first so many; default: all
     seed:int=0, progress:bool=True, # of the random starts; show a bar
-    student:nn.Module|None=None # one like that which will learn from it: see `on_attacks`
+    student:nn.Module|None=None # one like that which will learn from it: see `_on_attacks`
 ) -> TeacherCheck: # also noted in the teacher's metadata
     "Measure a row of Table 1, and say what the network can be used for."
     threat, batches = threat or _threat_of(dl), _first_batches(dl, images, 'cpu')
     y, device = torch.cat([y for _,y in batches]), next(teacher.parameters()).device
-    net = adapt_input(teacher, tuple(batches[0][0].shape[1:])).to(device)
+    net = _adapt_input(teacher, tuple(batches[0][0].shape[1:])).to(device)
     attacks = [FGSM(threat), PGD_sat(threat), PGD_trades(threat)]
     d = evaluate(net, dl, attacks, images=images, seed=seed, progress=progress)[:4]
     found, name = _judge_teacher(d, y.bincount().max().item()/len(y)), dict(robust='adversarial')
@@ -355,10 +355,10 @@ def check_teacher(
     if expected is not None and not d.low[0] - 0.01 <= expected <= d.high[0] + 0.01:
         summary += (f'\nIt was published with {expected:.1%} and has {d.accuracy[0]:.1%} here: are '
                     'normalisation, activation, strides and order of classes as they were?')
-    more = {} if student is None else on_attacks(net, student, batches, PGD_sat(threat), seed)
+    more = {} if student is None else _on_attacks(net, student, batches, PGD_sat(threat), seed)
     if more: summary += ('\nOn attacks on the student: entropy {entropy:.2f} nats, and '
                             '{aligned:.0%} move it as its own attack does.').format(**more)
-    about = dict(data=data_facts(dl)[0], images=len(y), seed=seed,
+    about = dict(data=_data_facts(dl)[0], images=len(y), seed=seed,
                  threat=dict(eps=threat.eps, norm=threat.norm), roles=roles, summary=summary)
     teacher.metadata = getattr(teacher, 'metadata', {})
     about |= more | {a: round(o, 6) for a,o in zip(d.attack, d.accuracy)}

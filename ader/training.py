@@ -14,12 +14,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from .attacks import (PGD, Threat, check_output, frozen, _check_batch, _check_float,
+from .attacks import (PGD, Threat, _check_output, frozen, _check_batch, _check_float,
                           _rank_slice)
-from .attention import AttentionOutput, adapt_input, forward_with_attention, has_attention
-from .data import (AderError, all_reduce_mean, all_reduce_sum, check_labels, data_facts,
-                       is_distributed, rank_and_world, _import_fastai)
-from .speed import FrozenCopy, Replay, dtype_of, run_in, unwrap, _float32
+from .attention import AttentionOutput, _adapt_input, forward_with_attention, has_attention
+from .data import (AderError, _all_reduce_mean, _all_reduce_sum, _check_labels, _data_facts,
+                       _is_distributed, _rank_and_world, _import_fastai)
+from .speed import FrozenCopy, _Replay, dtype_of, _run_in, _unwrap, _float32
 _import_fastai()
 from fastai.basics import AvgLoss, Callback, CancelFitException, GetAttr, L, ValueMetric, patch
 from fastai.callback.mixup import MixHandler
@@ -78,7 +78,7 @@ def training_attack(self:Method, threat:Threat) -> PGD:
 
 # %% ../nbs/05_training.ipynb #a960c58d
 @patch(as_prop=True)
-def net(self:Method) -> nn.Module: return unwrap(self.learn.model) # the student
+def net(self:Method) -> nn.Module: return _unwrap(self.learn.model) # the student
 
 @patch
 def loss(self:Method, x:Tensor, x_adv:Tensor|None, y:Tensor) -> Tensor: # scalar
@@ -97,7 +97,7 @@ def student(self:Method, x:Tensor) -> AttentionOutput:
     net = self.learn.model
     if not any(o is x for o,_ in self._passed):
         images = self._together(x)
-        out = run_in(self._dtype, partial(forward_with_attention, net), _cat(images))
+        out = _run_in(self._dtype, partial(forward_with_attention, net), _cat(images))
         self._passed = self._passed + _apart(images, out)
     i = next(i for i,(o,_) in enumerate(self._passed) if o is x)
     _, out = self._passed.pop(i)
@@ -118,8 +118,8 @@ def _together(self:Method, x:Tensor) -> tuple[Tensor]: # the images of the stude
 # %% ../nbs/05_training.ipynb #ed03382e
 @patch
 def replay(self:Method, name:str, f, *args:Tensor): # -> what `f(*args)` returns
-    "Call `f`, which does the same in every step; on a GPU as one CUDA graph, see `Replay`."
-    return self._graphs.setdefault(name, Replay(f))(*args)
+    "Call `f`, which does the same in every step; on a GPU as one CUDA graph, see `_Replay`."
+    return self._graphs.setdefault(name, _Replay(f))(*args)
 
 @patch
 @torch.no_grad()
@@ -161,7 +161,7 @@ def label_loss(self:Method, logits:Tensor, y:Tensor, weight:float=1.) -> Tensor:
 @patch
 def log(self:Method, **terms:Tensor):
     "Keep one number a step under each name."
-    values = all_reduce_mean(torch.stack([v.detach() for v in terms.values()]))
+    values = _all_reduce_mean(torch.stack([v.detach() for v in terms.values()]))
     for k,v in zip(terms, values): self.terms[k].append(v)
 
 @patch
@@ -190,9 +190,9 @@ class Accuracy(ValueMetric):
         if self.attack:
             self.copy = self.copy or FrozenCopy(learn.model, x, self.precision)
             with _rank_slice(learn.dl), frozen(self.copy):
-                pred = unwrap(learn.model)(self.attack.perturb(self.copy, x, y))
+                pred = _unwrap(learn.model)(self.attack.perturb(self.copy, x, y))
         right = (pred.argmax(-1) == y).sum()
-        right, n = all_reduce_sum(torch.stack([right, right.new_tensor(len(y))])).tolist()
+        right, n = _all_reduce_sum(torch.stack([right, right.new_tensor(len(y))])).tolist()
         self.right, self.n = self.right + right, self.n + n
 
 # %% ../nbs/05_training.ipynb #27b050e7
@@ -200,7 +200,7 @@ class _MeanLoss(AvgLoss): # over the images of all processes, whose slices may d
     def accumulate(self, learn):
         n = len(learn.yb[0])
         loss = learn.loss.detach().mean()*n
-        loss, n = all_reduce_sum(torch.stack([loss, loss.new_tensor(n)])).cpu()
+        loss, n = _all_reduce_sum(torch.stack([loss, loss.new_tensor(n)])).cpu()
         self.total, self.count = self.total + loss, self.count + n.item()
 
 # %% ../nbs/05_training.ipynb #bb220c5d
@@ -210,9 +210,9 @@ def _check_teacher(role, teacher, x:Tensor, classes:int, names) -> nn.Module:
     if not isinstance(teacher, nn.Module):
         raise wrong(f'must be a network, got {type(teacher).__name__}')
     shape = tuple(x.shape[1:])
-    teacher = adapt_input(teacher, shape).to(x.device).eval()
+    teacher = _adapt_input(teacher, shape).to(x.device).eval()
     if next(teacher.parameters(), x).dtype == torch.float16: teacher = _float32(teacher)
-    try: k = check_output(teacher, x)
+    try: k = _check_output(teacher, x)
     except (AderError, RuntimeError) as e:
         raise wrong(f'does not accept images of shape {shape} ({e}); for other sizes see '
                     'ader.attention.InputAdapter') from None
@@ -240,7 +240,7 @@ def before_fit(self:Method):
     self._end() # an interrupted fit
     others = [c for c in self.learn.cbs if isinstance(c, (Method, MixHandler)) and c is not self]
     if others: raise AderError(f'{type(self).__name__} and {others[0]} both own the loss; use one')
-    name, names, eps = data_facts(self.dls.train)
+    name, names, eps = _data_facts(self.dls.train)
     t = self.threat or Threat(eps)
     x, y = (o.to(next(self.net.parameters()).device) for o in next(iter(self.dls.valid))[:2])
     with frozen(self.net): x, _, self._classes = _check_batch(self.net, x, y, t, names=names)
@@ -248,7 +248,7 @@ def before_fit(self:Method):
     for role,o in self.teachers.items():
         self.teachers[role] = _check_teacher(role, o, x, self._classes, names)
     line = _unexamined(self.teachers)
-    if line not in ('', self._warned) and not rank_and_world()[0]: print(line)
+    if line not in ('', self._warned) and not _rank_and_world()[0]: print(line)
     self._about = dict(method=type(self).__name__, data=name, classes=names,
                        image=list(x.shape[1:]), threat=dict(eps=t.eps, norm=t.norm))
     self.attack, self._dtype = self.training_attack(t), dtype_of(self.precision, self.net)
@@ -258,7 +258,7 @@ def before_fit(self:Method):
     self._own = L(Accuracy('clean'), Accuracy('pgd-10', PGD(t, 10), self.precision))
     self._own += [ValueMetric(partial(self._log_mean, k), k) for k in self.logged_terms]
     self.learn.metrics = self.learn.metrics + self._own
-    if is_distributed(): self.recorder.loss = _MeanLoss()
+    if _is_distributed(): self.recorder.loss = _MeanLoss()
     self.terms.clear()
     self._warned, self._first_loss, self._labels_used = line, None, False
     self._best = torch.zeros(()) # as a tensor it is part of `state_dict`
@@ -283,7 +283,7 @@ def before_batch(self:Method):
     self._asked.clear()
     if self.iter == 0:
         _check_float(x, self.attack.threat)
-        check_labels(y, x, self._classes)
+        _check_labels(y, x, self._classes)
     self.replay('refresh', lambda x: self._copies['student'].refresh(), x)
     with _rank_slice(self.dl): x_adv = self.adversary(x, y)
     if self.iter == 0 and x_adv is not None: _check_float(x_adv, self.attack.threat, 1e-6)
@@ -303,7 +303,7 @@ def _hook(self:Method, first:Tensor):
     def once(x, **kwargs):
         if x is not first: return forward(x, **kwargs)
         self._unhook()
-        out = run_in(self._dtype, forward, x, **attend)
+        out = _run_in(self._dtype, forward, x, **attend)
         out = out if attend else AttentionOutput(out, None, None)
         self._passed = _apart(images, out)
         return self._passed[0][1].logits
@@ -376,7 +376,7 @@ def after_epoch(self:Method):
     (x, y), net, attacks = self._watched, self.net, (own, PGD(own.threat, 10, start='image'))
     with frozen(net), torch.no_grad():
         right = [(net(a.perturb(net, x, y)).argmax(1) == y).float().mean() for a in attacks]
-    short, long = all_reduce_mean(torch.stack(right)).tolist()
+    short, long = _all_reduce_mean(torch.stack(right)).tolist()
     if short > 2*long + 0.2: raise AderError(
         f'catastrophic overfitting in epoch {self.epoch}: on validation images {short:.0%} are '
         f'correct under the attack of the training (steps={self.steps}) and {long:.0%} under ten '
@@ -429,7 +429,7 @@ class WeightEMA(_InFit):
         torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + n)/(10 + n)))
 
     def before_fit(self):
-        self.trained, self.best = unwrap(self.learn.model), (None, None, None)
+        self.trained, self.best = _unwrap(self.learn.model), (None, None, None)
         self.mean = AveragedModel(self.trained, multi_avg_fn=self.average, use_buffers=True).eval()
     def after_batch(self): self.mean.update_parameters(self.trained)
     def before_validate(self):
@@ -460,7 +460,7 @@ class PrintEpochs(Callback):
     order = 55 # after the `Recorder`
     def before_train(self): self.since = time.perf_counter()
     def after_validate(self):
-        if rank_and_world()[0]: return
+        if _rank_and_world()[0]: return
         values = zip(self.recorder.metric_names[1:-1], self.recorder.log[1:])
         cells = '   '.join(f'{k} {v:.4f}' for k,v in values)
         seconds = time.perf_counter() - self.since

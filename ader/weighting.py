@@ -8,7 +8,7 @@ __all__ = ['AdaptiveWeight', 'ConstantWeight', 'AnnealedWeight']
 # %% ../nbs/04_weighting.ipynb #d48a85e1
 import math, torch
 from torch import Tensor
-from .data import AderError, all_reduce_mean
+from .data import AderError, _all_reduce_mean
 
 # %% ../nbs/04_weighting.ipynb #570ab5f9
 class AdaptiveWeight:
@@ -31,7 +31,7 @@ class AdaptiveWeight:
         l_adv:Tensor, # scalar, L_adv of this step
         pct:float=0. # fraction of the training that is done; not used here
     ) -> Tensor: # scalar ω, the weight of the clean teacher
-        now = all_reduce_mean(torch.stack([l_clean, l_adv]).detach())
+        now = _all_reduce_mean(torch.stack([l_clean, l_adv]).detach())
         now = now.clamp_min(0) # rounding may bring a divergence of 0 below it
         self.first = now if self.first is None else torch.where(self.first > 0, self.first, now)
         log_r = self.beta * torch.where(self.first > 0, now/self.first, 0.).log()

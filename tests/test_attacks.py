@@ -7,7 +7,7 @@ from ader.attacks import _length, margin
 from ader.data import AderError
 from ader.networks import small_resnet
 from ader.attacks import (AutoAttack, CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Square, Threat,
-Transfer, ce, count_passes, frozen, kl, paper_attacks)
+Transfer, ce, _count_passes, frozen, kl, paper_attacks)
 
 K = 4
 
@@ -348,7 +348,7 @@ def test_square_follows_its_seed_and_its_queries(trained):
     x, y = x[right], y[right]
     few, many = Square(Threat(0.1), 20), Square(Threat(0.1), 400)
     assert not torch.equal(few(net, x, y, rng(1)), few(net, x, y, rng(2)))
-    with count_passes(net) as n: z = many(net, x, y, rng())
+    with _count_passes(net) as n: z = many(net, x, y, rng())
     with torch.no_grad(): acc = lambda z: (net(z).argmax(1) == y).float().mean().item()
     assert acc(z) < acc(few(net, x, y, rng())) - 0.1 and len(x) < n.forward <= 403*len(x) + 1 and n.backward == 0
     torch.manual_seed(3); a = few(net, x, y)
@@ -361,7 +361,7 @@ def test_autoattack_of_few_classes(k, threat):
     torch.manual_seed(k)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(36, k)), torch.rand(12,1,6,6)
     with torch.no_grad(): y = net(x).argmax(1)
-    with count_passes(net) as n: a = AutoAttack(threat)(net, x, y, rng())
+    with _count_passes(net) as n: a = AutoAttack(threat)(net, x, y, rng())
     b = PGD_sat(threat)(net, x, y, rng())
     with torch.no_grad(): a, b = (net(o).argmax(1) != y for o in (a, b))
     assert (a | ~b).all() and a.any() and not a.all() and n.forward > 5000, 'every part has run, for some withstand'
@@ -370,10 +370,10 @@ def test_counting(trained):
     "Passes in images, forward and back; nothing left on the model."
     net, x, y = trained
     for attack,forward,backward in ((FGSM(Threat(0.1)), 1, 1), (PGD(Threat(0.1), 7), 7, 7), (PGD(Threat(0.1), 7, restarts=3), 25, 21)):
-        with count_passes(net) as n: attack(net, x, y)
+        with _count_passes(net) as n: attack(net, x, y)
         assert (n.forward, n.backward) == (forward*len(x) + 2, backward*len(x)) # two images are asked for the classes
     with pytest.raises(KeyError):
-        with count_passes(net): raise KeyError
+        with _count_passes(net): raise KeyError
     assert not net._forward_hooks
 
 def test_borrowed_settings():

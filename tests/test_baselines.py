@@ -10,7 +10,7 @@ from ader.attention import AttentionOutput
 from ader.attacks import PGD, Threat
 from ader.training import Method
 from ader.methods import (ADER, ARD, AdaAD, BMTARD, IAD, MART, METHODS, MTARD, RSLAD,
-boosted_ce, make_method, methods, settings_of, teachers_of)
+boosted_ce, make_method, methods, _settings_of, _teachers_of)
 
 NEW = 'MART', 'ARD', 'IAD', 'RSLAD', 'AdaAD', 'MTARD', 'BMTARD'
 B, K = 6, 5
@@ -289,7 +289,7 @@ def test_the_table_is_true():
     assert [o.method for o in METHODS] == list(methods)
     for o in METHODS:
         c = methods[o.method]
-        assert teachers_of(c) == [r for r in ('clean', 'robust') if getattr(o, r)]
+        assert _teachers_of(c) == [r for r in ('clean', 'robust') if getattr(o, r)]
         assert o.attention == issubclass(c, ADER) and bool(o.inner) == bool(o.gradient) == (o.method != 'Natural')
         assert ('CE' in o.inner) == (c.inner_loss == 'ce' and o.method != 'Natural') and c.__doc__
 
@@ -299,8 +299,8 @@ def test_each_by_name(net, name):
     c, r = net(), net()
     m = make_method(name.lower(), c, r, Threat(0.1), steps=3)
     assert type(m) is methods[name] and m.threat == Threat(0.1) and m.steps == 3
-    assert m.teachers == {k: v for k,v in dict(clean=c, robust=r).items() if k in teachers_of(methods[name])}
-    for role in teachers_of(methods[name]):
+    assert m.teachers == {k: v for k,v in dict(clean=c, robust=r).items() if k in _teachers_of(methods[name])}
+    for role in _teachers_of(methods[name]):
         with pytest.raises(AderError, match=f'{name} needs a {role} teacher'): make_method(name, **{k: v for k,v in dict(clean=c, robust=r).items() if k != role})
     with pytest.raises(AderError, match=f"{name} has no setting 'setps'; it has .*steps"): make_method(name, c, r, setps=3)
 
@@ -316,12 +316,12 @@ def test_a_method_of_one_s_own_joins(net, monkeypatch):
         def __init__(self, robust, strength=2., **kwargs): super().__init__(teachers=dict(robust=robust), **kwargs); self.strength = strength
     monkeypatch.setitem(methods, 'Mine', Mine)
     assert make_method('mine', robust=net(), strength=3.).strength == 3
-    assert teachers_of(Mine) == ['robust'] and set(settings_of(Mine)) == {'threat', 'precision', 'compile', 'joint', 'steps', 'step_size', 'branch_weight', 'strength'}
+    assert _teachers_of(Mine) == ['robust'] and set(_settings_of(Mine)) == {'threat', 'precision', 'compile', 'joint', 'steps', 'step_size', 'branch_weight', 'strength'}
     with pytest.raises(AderError, match='Mine needs a robust teacher'): make_method('mine')
 
 def test_settings():
     "The settings of a method with their defaults, its own and the base's, without the teachers."
-    s = settings_of(BMTARD)
+    s = _settings_of(BMTARD)
     assert s['rate'] == 0.001 and s['momentum'] == 0.025 and s['reduction'] == 'batchmean' and s['steps'] == 10
     assert not {'clean', 'robust', 'teachers', 'kwargs', 'self'} & set(s)
 

@@ -1,13 +1,13 @@
 "The benchmark on few images, and what it says of goals."
 import json, math, pytest
 from ader import bench
-from ader.bench import ader_bench, bench_accuracy, bench_autoattack, goals, minutes_until
+from ader.bench import ader_bench, _bench_accuracy, _bench_autoattack, goals, _minutes_until
 from ader.data import AderError
 
 
 def test_time_to_accuracy():
     "Each way ends after the epoch in which its minutes are over."
-    d = bench_accuracy(1e-6, 'digits', rounds=1)
+    d = _bench_accuracy(1e-6, 'digits', rounds=1)
     assert {k: len(v['epochs']) for k,v in d['ways'].items()} == {f'{k} steps': 1 for k in (2, 3, 10)}
     assert all(0 <= e['clean'] <= 1 and e['minutes'] > 0 for v in d['ways'].values() for e in v['epochs'])
     assert json.loads(json.dumps(d)) == d and d['seconds_a_step'].keys() == {'plain', 'ours'}
@@ -18,9 +18,9 @@ def ways(steps, first): # accuracies of 40 % and 20 %, then of 60 % and 30 %
 
 def test_minutes_until():
     d = dict(ways=ways(2, 1.) | ways(10, 4.), seconds_a_step=dict(plain=[3., 3., 9.], ours=[1., 1., 1.]))
-    got = minutes_until(d, 0.5, 0.3)
+    got = _minutes_until(d, 0.5, 0.3)
     assert got == {'ours, 2 steps': 2., 'ours, 10 steps': 8., 'plain loop, 10 steps': 24.}
-    assert minutes_until(d, 0.4, 0.2)['ours, 10 steps'] == 4 and minutes_until(d, 0.7, 0.1)['ours, 2 steps'] == math.inf
+    assert _minutes_until(d, 0.4, 0.2)['ours, 10 steps'] == 4 and _minutes_until(d, 0.7, 0.1)['ours, 2 steps'] == math.inf
     t = goals(dict(accuracy=d, demo=100., autoattack=[dict(library='ader', ratio=1.), dict(library='pyautoattack', ratio=2.5)]))
     assert t.measured['ader_demo: 75 s over its time'] == 0.75 and t.loc[t.index.str.startswith('AutoAttack')].iloc[0, -1] == 'reached'
     assert (t[t.index.str.startswith('SAT')].measured == 12).all()
@@ -29,7 +29,7 @@ def test_autoattack_beside_the_package(monkeypatch):
     "Each is timed, and says how many images its own attack leaves."
     monkeypatch.setattr(bench, 'AutoAttack', lambda threat: bench.PGD_sat(threat, 1))
     monkeypatch.setattr('pyautoattack.AutoAttack.run_standard_evaluation', lambda self, x, y, batch_size: (x, y))
-    ours, theirs = bench_autoattack(1, 20)
+    ours, theirs = _bench_autoattack(1, 20)
     assert ours['library'] == 'ader' and ours['ratio'] == 1 and theirs['accuracy'] > ours['accuracy']
 
 @pytest.mark.parametrize('kw,match', [(dict(parts='train,tain'), "not 'tain'"), (dict(rounds=2), 'at least 3')])

@@ -6,8 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 import ader.checkpoints
 from ader.attention import add_attention
-from ader.checkpoints import (Resume, _read_checkpoint, _write_checkpoint, atomic_write, load,
-                              read_json, remove_temp_files, save)
+from ader.checkpoints import (Resume, _read_checkpoint, _write_checkpoint, _atomic_write, load,
+                              _read_json, _remove_temp_files, save)
 from ader.data import AderError
 from ader.methods import ADER, TRADES, make_method, methods
 from ader.networks import mobilenet_v2, resnet18, small_resnet
@@ -318,18 +318,18 @@ def test_killed_at_5_moments(few_digits, tmp_path):
         for name in ('x.safetensors', 'x.json'):
             assert (folder/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
         Resume(folder/'x').clear()
-        remove_temp_files(folder)
+        _remove_temp_files(folder)
         assert names(folder) == ['x.json', 'x.safetensors']
 
 # ---- whole files -----------------------------------------------------------------------------
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    atomic_write(tmp_path/'f', b'whole')
+    _atomic_write(tmp_path/'f', b'whole')
     def full(*_): raise OSError(28, 'No space left on device')
     for broken in ('fsync', 'replace'):
         with monkeypatch.context() as m:
             m.setattr(os, broken, full)
-            with pytest.raises(AderError, match='No space left'): atomic_write(tmp_path/'f', b'new')
+            with pytest.raises(AderError, match='No space left'): _atomic_write(tmp_path/'f', b'new')
         assert contents(tmp_path) == {'f': b'whole'}
 
 @pytest.fixture
@@ -366,12 +366,12 @@ def test_a_full_disk_loses_nothing(distil, whole, disk):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='it forks')
 def test_a_limit_on_the_size_of_files(tmp_path):
     old = {tmp_path/'a': b'old', tmp_path/'b': b'old'}
-    atomic_write(old)
+    _atomic_write(old)
     pid = os.fork()
     if not pid:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        try: atomic_write({tmp_path/'a': bytes(10), tmp_path/'b': bytes(2000)})
+        try: _atomic_write({tmp_path/'a': bytes(10), tmp_path/'b': bytes(2000)})
         except AderError as e: os._exit(0 if 'File too large' in str(e) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -432,7 +432,7 @@ def test_what_cannot_be_saved_or_loaded(saved, tmp_path):
     with pytest.raises(AderError, match='do not make a network'):
         load(path, into=add_attention(small_resnet(width=8)))
     (tmp_path/'file.json').write_text('[1]')
-    with pytest.raises(AderError, match='holds a list'): read_json(tmp_path/'file.json')
+    with pytest.raises(AderError, match='holds a list'): _read_json(tmp_path/'file.json')
     with pytest.raises(AderError, match="can't write"):
         save(load(path), tmp_path/'file.json'/'net')
     save(load(path), tmp_path/'net')

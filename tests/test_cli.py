@@ -61,7 +61,9 @@ evaluate net --norm L1 | norm
 evaluate net --queries -1 | --queries
 evaluate net --precision half | float32
 evaluate . | must hold one saved network
+teach --steps 0 | steps must be a whole number
 '''.strip().splitlines()
+MISUSE += [f'{o} {300*"a"} | too long' for o in ('evaluate', 'export', 'fit', 'teach --data', 'distill --clean')]
 
 @pytest.mark.parametrize('case', MISUSE)
 def test_misuse_is_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypatch):
@@ -83,8 +85,8 @@ def test_hyphens_are_underscores_and_errors_are_one_line(capsys):
         "Try it."
         if not dry_run: raise AderError('two\nlines')
         print(name)
-    for o in ('--dry-run', '--dry_run'): cli.command(dry)(['a-b', o])
-    with pytest.raises(SystemExit) as e: cli.command(dry)(['x'])
+    for o in ('--dry-run', '--dry_run'): cli._as_command(dry, ['a-b', o])
+    with pytest.raises(SystemExit) as e: cli._as_command(dry, ['x'])
     assert e.value.code == 2 and capsys.readouterr() == ('a-b\n'*2, 'dry: two lines\n')
 
 

@@ -15,7 +15,7 @@ from ader.attention import InputAdapter, add_attention, forward_with_attention
 from ader.checkpoints import load, save
 from ader.cli import command
 from ader.data import AderError, digits, image_folder
-from ader.deploy import (StraightThrough, _data_for, ader_export, check_onnx,
+from ader.deploy import (_StraightThrough, _data_for, ader_export, check_onnx,
                          compare_int8, costs, model_card, onnx_session, push_to_hub, run_onnx,
                          to_int8, to_onnx)
 from ader.evaluation import evaluate
@@ -145,7 +145,7 @@ def test_int8_is_small_close_and_quantised_per_channel(file, file8, dls):
 
 def test_straight_through_has_the_output_of_int8_and_the_gradient_of_float(student, file8, dls):
     x, y = dls.test.dataset[:30]
-    net, z8 = StraightThrough(student, file8), run_onnx(onnx_session(file8), x)[0]
+    net, z8 = _StraightThrough(student, file8), run_onnx(onnx_session(file8), x)[0]
     torch.testing.assert_close(net(x), z8, rtol=0, atol=1e-5)
     z = x.clone().requires_grad_()
     got, = torch.autograd.grad(F.cross_entropy(net(z), y, reduction='sum'), z)

@@ -7,8 +7,8 @@ pytest.importorskip('accelerate')
 import ader.checkpoints, ader.cli
 from ader.attention import add_attention
 from ader.checkpoints import _read_checkpoint, load, save
-from ader.data import AderError, Batches, Images, RandomCrop, dataloaders, digits, rank_and_world
-from ader.methods import methods, teachers_of
+from ader.data import AderError, Batches, Images, RandomCrop, dataloaders, digits, _rank_and_world
+from ader.methods import methods, _teachers_of
 from ader.networks import small_resnet
 from ader.teachers import train
 
@@ -18,7 +18,7 @@ METHODS = 'ADER', 'TRADES', 'BMTARD'
 
 def train_all(out):
     "A short training by each method; what is found of it goes to a file."
-    rank, n = rank_and_world()
+    rank, n = _rank_and_world()
     d = digits(augment=[], device='cpu')
     few = [o.dataset[:k] for o,k in ((d.train, 67), (d.valid, 41))]
     sets = [Images(x.double(), y, d.train.dataset.classes, 'few', 0.2) for x,y in few]
@@ -27,7 +27,7 @@ def train_all(out):
         clean, robust, student = (add_attention(small_resnet(width=4)).double() for _ in range(3))
         dls = dataloaders(*sets, bs=20//n, val_bs=16//n, augment=[RandomCrop(1)], device='cpu')
         roles = dict(clean=clean.eval(), robust=robust.eval())
-        m = methods[name](**{k: roles[k] for k in teachers_of(methods[name])}, steps=2)
+        m = methods[name](**{k: roles[k] for k in _teachers_of(methods[name])}, steps=2)
         loss = m.loss
         m.loss = lambda *a: loss(*a).float() # fastai records the loss in single precision
         resume = out/'x' if n > 1 and name == 'ADER' else None
@@ -54,7 +54,7 @@ torch.set_num_threads(1)
 tests, out, *argv = sys.argv[1:]
 sys.path.insert(0, tests)
 import test_distributed as t
-out, rank = Path(out), t.rank_and_world()[0]
+out, rank = Path(out), t._rank_and_world()[0]
 t.train_all(out)
 t.ader.cli.command(['ader_distill', *argv])
 '''

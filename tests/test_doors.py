@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from ader.all import *
 from ader.attention import AttentionOutput
-from ader.checkpoints import checksum
+from ader.checkpoints import _checksum
 from ader.networks import net_from_text
 from ader.speed import FrozenCopy, _conv_bn_pairs
 
@@ -188,7 +188,7 @@ def test_two_owners_of_the_loss(d, cbs):
 
 def weights_after(dls, method, f):
     torch.manual_seed(0)
-    return checksum(fit(dls, method, small_resnet(width=4), loss_func=f).model)
+    return _checksum(fit(dls, method, small_resnet(width=4), loss_func=f).model)
 
 WEIGHTED = [nn.CrossEntropyLoss(weight=torch.tensor([1000.] + [1e-3]*9)),
             nn.CrossEntropyLoss(label_smoothing=0.3), LabelSmoothingCrossEntropy(0.3),

@@ -5,8 +5,8 @@ from torch import nn
 from ader.attacks import FGSM, PGD, AutoAttack, PGD_sat, Threat
 from ader.attention import add_attention
 from ader.data import AderError, Batches, Images
-from ader.evaluation import (accuracy_curves, check_teacher, compare, evaluate, markdown_table,
-                             on_attacks, plot_robustness, show_attacked, wilson, _first_batches,
+from ader.evaluation import (accuracy_curves, check_teacher, compare, evaluate, _markdown_table,
+                             _on_attacks, plot_robustness, show_attacked, wilson, _first_batches,
                              _judge_teacher, _robust_mask, _tabulate)
 from ader.networks import small_resnet
 from ader.speed import dtype_of
@@ -173,7 +173,7 @@ def test_a_star_needs_a_clear_lead():
 
 def test_markdown():
     t = pd.DataFrame(dict(a=['1', '22'], long=['x', 'y']), index=['one', 'two'])
-    assert markdown_table(t) == ('|     |  a | long |\n|-----|---:|-----:|\n'
+    assert _markdown_table(t) == ('|     |  a | long |\n|-----|---:|-----:|\n'
                                  '| one |  1 |    x |\n| two | 22 |    y |\n')
 
 
@@ -208,11 +208,11 @@ def test_autoattack_goes_on_in_the_middle(net, run, tmp_path, monkeypatch):
 
 def test_what_a_teacher_says_about_attacks_on_a_student(net, natural, all_digits):
     batches, attack = _first_batches(all_digits.test, 60, 'cpu'), PGD_sat(Threat(0.2), 5)
-    own = on_attacks(net, net, batches, attack)
+    own = _on_attacks(net, net, batches, attack)
     assert own['aligned'] == 1 and 0 < own['entropy'] < 2.31
     class Flat(nn.Module): # its gradient says nothing: the attack is the random start
         def forward(self, x): return torch.zeros(len(x), 10) + 0*x.sum()
-    assert on_attacks(natural, Flat(), batches, attack)['aligned'] < 0.2
+    assert _on_attacks(natural, Flat(), batches, attack)['aligned'] < 0.2
     twin = copy.deepcopy(net)
     check = check_teacher(twin, all_digits.test, images=60, progress=False, student=net)
     assert '100% move it as its own attack does' in check.summary

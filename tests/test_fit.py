@@ -4,7 +4,7 @@ from PIL import Image
 from ader.checkpoints import load
 from ader.cli import command
 from ader.data import AderError, Images, dataloaders, digits
-from ader.fit import Clock, ader_fit, describe
+from ader.fit import _Clock, ader_fit, _describe
 import torch
 from types import SimpleNamespace
 
@@ -26,14 +26,14 @@ class Killed(BaseException): pass
 @pytest.fixture(scope='module')
 def done(photos, tmp_path_factory):
     "Killed after the student's first epoch, and given again."
-    out, note, seen = tmp_path_factory.mktemp('out'), Clock.note, []
+    out, note, seen = tmp_path_factory.mktemp('out'), _Clock.note, []
     argv = [str(photos), '--minutes', '0.55', '--out', str(out), '--eps', '8/255', '--method', 'ADERPlus']
     def killer(self, **plan):
         note(self, **plan)
         if not plan and 'student' in self.plan: seen.append(self.used)
         if len(seen) == 1: raise Killed
     mp = pytest.MonkeyPatch()
-    mp.setattr(Clock, 'note', killer)
+    mp.setattr(_Clock, 'note', killer)
     with pytest.raises(Killed): command(['ader_fit', *argv])
     mp.undo()
     before = json.loads((out/'plan.json').read_text())
@@ -95,12 +95,12 @@ def test_a_foreign_plan_is_refused(tmp_path):
 def test_balance_is_reported():
     y = torch.tensor([0]*30 + [1]*5)
     images = Images(torch.rand(35, 3, 8, 8), y, ['many', 'few'])
-    assert "less for 'few'" in describe(dataloaders(images, images, images))
-    assert 'unbalanced' not in describe(digits())
+    assert "less for 'few'" in _describe(dataloaders(images, images, images))
+    assert 'unbalanced' not in _describe(digits())
 
 def test_a_slow_machine_keeps_more_for_judging(tmp_path):
-    clock = Clock(tmp_path/'plan.json', 2)
+    clock = _Clock(tmp_path/'plan.json', 2)
     kept = lambda step: clock.left - clock.for_training(step)
     assert kept(0.) == pytest.approx(25, abs=0.5) and kept(0.002) == pytest.approx(53, abs=0.5)
     assert clock.for_training(1.) == 0
-    assert Clock(tmp_path/'hour.json', 60).for_training(0.002) == pytest.approx(60*60*7/8, abs=0.5)
+    assert _Clock(tmp_path/'hour.json', 60).for_training(0.002) == pytest.approx(60*60*7/8, abs=0.5)

@@ -50,7 +50,7 @@ def test_constructors(name, d):
 @settings(max_examples=25)
 @given(d=st.data())
 def test_methods(name, d):
-    known = methods.settings_of(methods.methods[name])
+    known = methods._settings_of(methods.methods[name])
     pool = {k: words if isinstance(v, str) else st.lists(numbers, max_size=3).map(tuple) if isinstance(v, tuple) else st.none() if k in ('weight', 'threat') else numbers for k,v in known.items()}
     names = d.draw(st.lists(st.sampled_from([*known, 'nonsense']), unique=True, max_size=4))
     fits(methods.make_method, name, Net(), d.draw(st.sampled_from([Net(), None])), **{k: d.draw(pool.get(k, numbers)) for k in names})

@@ -10,7 +10,7 @@ from ader.speed import FrozenCopy, dtype_of
 from ader.methods import ADER, make_method, methods
 from ader.teachers import train
 from ader.evaluation import evaluate
-from ader.bench import bench_epoch, bench_train
+from ader.bench import _bench_epoch, _bench_train
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
@@ -92,7 +92,7 @@ def test_a_method_trains_compiled(compile):
 
 
 def test_one_process_of_a_distributed_training(monkeypatch, tmp_path):
-    from ader.distributed import distributed, shutdown
+    from ader.distributed import distributed, _shutdown
     for k,v in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=29533).items():
         monkeypatch.setenv(k, str(v))
     torch.distributed.init_process_group('nccl')
@@ -101,7 +101,7 @@ def test_one_process_of_a_distributed_training(monkeypatch, tmp_path):
         learn = Learner(dls, net, cbs=make_method('SAT', steps=1))
         with learn.no_bar(), learn.no_logging(), distributed(learn): learn.fit(1)
         assert learn.recorder.losses[-1] < learn.recorder.losses[0]
-    finally: shutdown()
+    finally: _shutdown()
 
 
 def test_an_attack_repeats_and_stays_in_the_ball():
@@ -121,5 +121,5 @@ def test_ader_learns(precision):
 
 
 def test_the_benchmark_runs():
-    assert bench_train(['ResNet-8'], ['small'], 3, device='cuda')[0]['ratio'] > 0
-    assert bench_epoch('ResNet-8', 'small', images=1000, device='cuda')['seconds'] > 0
+    assert _bench_train(['ResNet-8'], ['small'], 3, device='cuda')[0]['ratio'] > 0
+    assert _bench_epoch('ResNet-8', 'small', images=1000, device='cuda')['seconds'] > 0

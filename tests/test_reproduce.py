@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from ader import reproduce
 from ader.data import AderError
 from ader.samples import sample_net
-from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, in_order, load_net,
+from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, _in_order, load_net,
                             make_table, one_cycle, plan, read_records, run_all, run_one,
                             runs, step_schedule, table_markdown, _pending, _tables)
 from ader.training import PrintEpochs
@@ -58,7 +58,7 @@ def test_a_run_that_can_not_be(kw, match):
 
 def test_order_and_merging():
     a, b = student(evaluate=dict(FGSM={})), student(evaluate=dict(CW_inf={}))
-    got = in_order([a, b])
+    got = _in_order([a, b])
     assert [o.method for o in got] == ['Natural', 'TRADES', 'ADER']
     assert set(got[-1].evaluate) == {'FGSM', 'CW_inf'}
 
