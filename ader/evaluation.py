@@ -302,8 +302,9 @@ def _judge_teacher(d:pd.DataFrame, chance:float) -> dict[str,tuple[bool,str]]: #
     clean, fgsm = d.loc['clean'], d.loc['FGSM']
     pgd = d.loc[['PGD_sat', 'PGD_trades']].sort_values('accuracy').iloc[0]
     half, quarter, masked = (1+chance)/2, clean.accuracy/4, pgd.low > fgsm.high
-    need = f'{clean.accuracy:.1%} correct without attack; {half:.1%} is needed'
-    why = f'{pgd.accuracy:.1%} correct under {pgd.name}; {max(chance, quarter):.1%} is needed'
+    share = lambda o: f'{o.accuracy:.1%} (95% interval from {o.low:.1%}) correct'
+    need = f'{share(clean)} without attack; {half:.1%} is needed'
+    why = f'{share(pgd)} under {pgd.name}; {max(chance, quarter):.1%} is needed'
     if masked: why = (f'PGD finds less than FGSM ({pgd.accuracy:.1%} and {fgsm.accuracy:.1%} '
                       'correct): its gradients are masked')
     robust = pgd.low > chance and pgd.accuracy >= quarter and not masked
