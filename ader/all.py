@@ -15,8 +15,8 @@ from .attacks import (FGSM, PGD, AutoAttack, CW_inf, PGD_sat, PGD_trades, Square
                           Transfer, paper_attacks)
 from .weighting import AdaptiveWeight, AnnealedWeight, ConstantWeight
 from .training import AWP, SAT, Method, Natural, WeightEMA
-from .methods import (ADER, ARD, BMTARD, IAD, IGDM, MART, MTARD, RSLAD, SAAD, TRADES, AdaAD,
-                          make_method, methods)
+from .methods import (ADER, ARD, BMTARD, HAT, IAD, IGDM, MART, MTARD, RSLAD, SAAD, TRADES,
+                          AdaAD, make_method, methods)
 from .plus import ADERPlus
 from .checkpoints import Resume, load, save
 from .samples import sample_images, sample_net

@@ -49,7 +49,8 @@ class ADERPlus(ADER):
         weight=None, # `weight(l_clean, l_adv, pct)` returns ω; default: `ConstantWeight(1/6)`
         robust_input:str='x', # of the adversarial teacher: 'x' (RSLAD) or 'x_adv' (Eq. 6)
         match_confidence:bool|str|float=True, # see `equal_confidence`; True: 'mean'; False: don't
-        labels:float=0., igdm:float=0., # share of the labels in the robust target; see `RSLAD`
+        labels:float=0., # share of the labels in the target of attacked images
+        igdm:float=0., helper:float=0., # weights of `gradient_matching` and `helper_loss`
         **kwargs # attention, inner_loss, temperature, …: see `ADER`
     ):
         super().__init__(clean, robust, weight or ConstantWeight(1/6), robust_input=robust_input,
@@ -58,7 +59,7 @@ class ADERPlus(ADER):
         if number: self._set(1, match_confidence=match_confidence)
         self.match_confidence = match_confidence
         self._set(1, labels=labels)
-        self._set(igdm=igdm)
+        self._set(igdm=igdm, helper=helper)
 
     def targets(self, x, robust_x, y):
         clean, robust = self.matched(super().targets(x, robust_x, y))

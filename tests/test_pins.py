@@ -25,7 +25,7 @@ from ader.methods import make_method, methods
 from ader.networks import small_resnet
 from ader.weighting import AdaptiveWeight, AnnealedWeight, ConstantWeight
 
-METHODS = [o for o in methods if o not in ('IGDM', 'SAAD')] # newer than the pins
+METHODS = [o for o in methods if o not in ('HAT', 'IGDM', 'SAAD')] # newer than the pins
 
 def new_net():
     "The network of all pins, with attention."
