@@ -22,7 +22,7 @@ from .deploy import _data_for, _load_data, _load_several
 from .evaluation import (accuracy_curves, check_teacher, compare, _markdown_table,
                              plot_attention, plot_curves)
 from .methods import METHODS, make_method
-from .networks import net_from_text, small_resnet
+from .networks import net_from_text, small_resnet, _name_and_settings
 from .sanity import _page, _png, report_page, robustness_report
 from .speed import one_thread
 from .teachers import _TEACHER_METHODS, train
@@ -187,6 +187,14 @@ def _finished(config:dict, target:Path) -> bool:
     print(f'{about} is there already, made by this very command; --fresh makes it anew')
     return True
 
+# %% ../nbs/27_command_line.ipynb #maker001
+def _maker(text:str, *teachers): # of 'ADERPlus:labels=0.5' -> function of other settings: a method
+    name, settings = _name_and_settings(text)
+    def make(**others):
+        try: return make_method(name, *teachers, **others | settings)
+        except (AttributeError, TypeError) as e: raise AderError(f'{text}: {e}') from None
+    return make
+
 # %% ../nbs/27_command_line.ipynb #ea4deeb6
 def _train_and_save(kind, make, text, config, metadata, measure,
     data:str=None, # digits, cifar10, cifar100 or a folder of images; default: teachers', or digits
@@ -196,7 +204,6 @@ def _train_and_save(kind, make, text, config, metadata, measure,
     size:int=None, # height and width of the images of a folder, in pixels; default: 32
     channels:int=None, # of the images of a folder: 3, or 1 for grey; default: 3
     eps:str=None, # L∞ ε, in units of pixels in [0, 1]; default: 0.2 for digits, else 8/255
-    steps:int=10, # of the training attack; 2 take a third of the time
     seed:int=0, # of everything random
     out:str=None, # folder to write to; default: teacher or student
     images:int=1000, # test images to measure on; 0: all
@@ -206,10 +213,10 @@ def _train_and_save(kind, make, text, config, metadata, measure,
 ):
     _check(epochs, seed=seed, images=images)
     threat = None if eps is None else Threat(eps)
-    method = make(threat=threat, steps=steps, precision=precision, compile=compile)
+    method = make(threat=threat, precision=precision, compile=compile)
     config = dict(config, method=type(method).__name__, eps=threat and threat.eps, data=data,
                   bs=bs, epochs=epochs, lr=lr, size=size, channels=channels, seed=seed,
-                  precision=precision, steps=steps)
+                  precision=precision)
     target, tty = _check_folder(out or kind)/kind, sys.stdout.isatty()
     if fresh: Resume(target).clear()
     elif _finished(config, target): return
@@ -233,16 +240,17 @@ def _train_and_save(kind, make, text, config, metadata, measure,
 @delegates(_train_and_save)
 def ader_teach(
     net:str='small_resnet', # network, with arguments after a colon: small_resnet:width=32,blocks=2
-    method:str='trades', # natural (for a clean teacher), trades or sat (for an adversarial one)
+    method:str='trades', # natural, or for an adversarial teacher trades or sat; or sat:steps=2
     **kwargs
 ):
     "Train a teacher, measure it, and save it; a killed run continues when it is given again."
-    make = _TEACHER_METHODS.get(method)
-    if not make:
+    name, _, settings = method.partition(':')
+    if name not in _TEACHER_METHODS:
         raise AderError(f'--method is one of {", ".join(_TEACHER_METHODS)}, got {method!r}')
     def measure(net, dl, threat, images, seed, target, tty):
         return check_teacher(net, dl, threat, images, seed, tty), {} # also in `net.metadata`
-    _train_and_save('teacher', make, net, dict(net=net), {}, measure, **kwargs)
+    config = dict(net=net, settings=settings or None)
+    _train_and_save('teacher', _maker(method), net, config, {}, measure, **kwargs)
 
 # %% ../nbs/27_command_line.ipynb #6a8c6b4f
 def _measure_student(net, dl, threat, images, seed, target, tty):
@@ -256,7 +264,7 @@ def _measure_student(net, dl, threat, images, seed, target, tty):
 # %% ../nbs/27_command_line.ipynb #b87acd18
 @delegates(_train_and_save)
 def ader_distill(
-    method:str='ADER', # how to train; --list shows all methods
+    method:str='ADER', # how to train, with settings: ADERPlus:labels=0.5,steps=2; see --list
     student:str='small_resnet', # network, with arguments: small_resnet:width=32,blocks=2
     clean:str=None, # naturally trained teacher: folder, file, or hf://user/name
     robust:str=None, # adversarially trained teacher: likewise
@@ -266,9 +274,10 @@ def ader_distill(
     "Train a student by any method, measure it, and save it with a report; continues when killed."
     if list: return print(_markdown_table(pd.DataFrame(METHODS).set_index('method')))
     teachers = {k: p and load(p) for k,p in dict(clean=clean, robust=robust).items()}
-    config = dict(student=student, **{k: t and _checksum(t) for k,t in teachers.items()})
+    config = dict(student=student, settings=method.partition(':')[2] or None,
+                  **{k: t and _checksum(t) for k,t in teachers.items()})
     metadata = next((t.metadata for t in teachers.values() if t and t.metadata), {})
-    make = partial(make_method, method, *teachers.values())
+    make = _maker(method, *teachers.values())
     _train_and_save('student', make, student, config, metadata, _measure_student, **kwargs)
 
 # %% ../nbs/27_command_line.ipynb #0ff73e55

@@ -302,19 +302,23 @@ def multiply_adds(
         torch.func.functional_call(net, ghosts, x)
     return counter.get_total_flops()//4 # two images; a multiply-add counts as two operations
 
+# %% ../nbs/21_networks.ipynb #namesett
+def _name_and_settings(text:str) -> tuple[str,dict]: # of 'small_resnet:width=32,act=silu'
+    name, _, settings = text.partition(':')
+    literal = lambda v: v[:1] in '0123456789.-[' or v in ('True', 'False')
+    value = lambda v: ast.literal_eval(v) if literal(v) else v
+    pairs = [o.split('=') for o in settings.split(',') if o]
+    try: return name, {k.strip(): value(v.strip()) for k,v in pairs}
+    except (ValueError, SyntaxError): raise AderError(
+        f'settings are written as small_resnet:width=32,blocks=2, got {text!r}') from None
+
 # %% ../nbs/21_networks.ipynb #54a877c3
 def net_from_text(
     text:str, # name of a constructor, perhaps with arguments: 'small_resnet:width=32,blocks=2'
     dls # `DataLoaders` of `Batches` whose images the network shall take
 ) -> nn.Module: # with fresh weights, and mean and std of the training images
     "Build a network for the images of `dls`."
-    name, _, args = text.partition(':')
-    value = lambda v: ast.literal_eval(v) if v[:1] in '0123456789.-[' else v
-    pairs = [o.split('=') for o in args.split(',') if o]
-    try: args = {k.strip(): value(v.strip()) for k,v in pairs}
-    except (ValueError, SyntaxError):
-        raise AderError(f'networks are written as small_resnet:width=32,blocks=2, got {text!r}')
-    ds = dls.train.dataset
+    (name, args), ds = _name_and_settings(text), dls.train.dataset
     std, mean = (o.tolist() for o in torch.std_mean(as_float(ds.x[:10_000]), (0,2,3)))
     norm = dict(mean=[round(o, 4) for o in mean], std=[max(round(o, 4), 1e-3) for o in std])
     return build(dict(arch=name, in_channels=ds.x.shape[1], classes=len(ds.classes)) | norm | args)

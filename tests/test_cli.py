@@ -61,9 +61,19 @@ evaluate net --norm L1 | norm
 evaluate net --queries -1 | --queries
 evaluate net --precision half | float32
 evaluate . | must hold one saved network
-teach --steps 0 | steps must be a whole number
+teach --method sat:steps=0 | steps must be a whole number
+teach --method sat:beta=2 | SAT has no setting 'beta'
+teach --method sat:2 | small_resnet:width=32
+teach --method trades:beta=much | trades:beta=much
+teach --method sat:threat=8 | sat:threat=8
 '''.strip().splitlines()
 MISUSE += [f'{o} {300*"a"} | too long' for o in ('evaluate', 'export', 'fit', 'teach --data', 'distill --clean')]
+
+def test_a_method_with_settings():
+    "Those of its text win; the others are options of the command."
+    m = cli._maker('aderplus:labels=0.5,joint=True,attention=none', *[small_resnet(width=4)]*2)(compile=True)
+    assert (type(m).__name__, m.labels, m.joint, m.attention, m.compile) == ('ADERPlus', 0.5, True, 'none', True)
+    assert cli._maker('SAT:steps=2')(precision='float32').steps == 2 and cli._maker('SAT')().steps == 10
 
 @pytest.mark.parametrize('case', MISUSE)
 def test_misuse_is_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypatch):
