@@ -70,7 +70,7 @@ def runs(tmp_path_factory):
     d = tmp_path_factory.mktemp('runs')
     torch.manual_seed(0)
     for k in ('clean', 'robust'): save(add_attention(small_resnet(width=4)), d/k)
-    argv = ['--clean', d/'clean', '--robust', d/'robust', '--images', 30, '--student',
+    argv = ['--method', 'ADER:steps=2', '--clean', d/'clean', '--robust', d/'robust', '--images', 30, '--student',
             'small_resnet:width=4', '--bs', 125, '--epochs', 2, '--out']
     argv = list(map(str, argv))
     train_all(d)
