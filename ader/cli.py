@@ -13,7 +13,8 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from .attacks import AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks
+from .attacks import (AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks,
+                          _one_of)
 from .attention import add_attention
 from .checkpoints import (Resume, _atomic_write, _check_folder, _checksum, load, _read_json,
                               _remove_temp_files, save, _saved_files, seed_everything, _versions)
@@ -50,8 +51,9 @@ def _as_command(f, argv:list[str]): # a function with annotations and docments; 
         sys.exit(130)
 
 # %% ../nbs/27_command_line.ipynb #c0mmand2
-_ELSEWHERE = dict(ader_export='deploy', ader_fit='fit', ader_reproduce='reproduce',
-                  ader_table='reproduce', ader_bench='bench') # their modules
+_MODULES = dict( # of the commands
+    ader_demo='cli', ader_teach='cli', ader_distill='cli', ader_evaluate='cli', ader_fit='fit',
+    ader_export='deploy', ader_reproduce='reproduce', ader_table='reproduce', ader_bench='bench')
 
 def command(
     line:str|list[str]|None=None # 'ader_demo --quick'; default: what this program was called with
@@ -59,9 +61,10 @@ def command(
     "Run one of the commands of ader."
     name, *argv = shlex.split(line) if isinstance(line, str) else line or sys.argv
     name = Path(name).stem
+    _one_of(_MODULES, command=name)
     if _rank_and_world()[0] and name not in ('ader_teach', 'ader_distill'): return
-    where = f'ader.{_ELSEWHERE.get(name, "cli")}:{name}'
-    _as_command(globals().get(name) or pkgutil.resolve_name(where), argv)
+    f = globals().get(name) or pkgutil.resolve_name(f'ader.{_MODULES[name]}:{name}')
+    _as_command(f, argv)
 
 # %% ../nbs/27_command_line.ipynb #5d7379ad
 def _check(epochs:int=1, **numbers:int):

@@ -69,6 +69,9 @@ teach --method sat:threat=8 | sat:threat=8
 '''.strip().splitlines()
 MISUSE += [f'{o} {300*"a"} | too long' for o in ('evaluate', 'export', 'fit', 'teach --data', 'distill --clean')]
 
+def test_a_command_that_there_is_not():
+    with pytest.raises(AderError, match="command must be one of 'ader_demo', .*, got 'json'"): cli.command('json --x')
+
 def test_a_method_with_settings():
     "Those of its text win; the others are options of the command."
     m = cli._maker('aderplus:labels=0.5,joint=True,attention=none', *[small_resnet(width=4)]*2)(compile=True)
