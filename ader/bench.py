@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from .attacks import AutoAttack, PGD_sat, Threat
 from .attention import add_attention
-from .checkpoints import _atomic_write, _check_folder, _read_json, seed_everything, _versions
+from .checkpoints import seed_everything, _atomic_write, _check_folder, _read_json, _versions
 from .data import (AderError, Images, RandomCrop, RandomFlip, dataloaders, load_data,
                        _import_quietly)
 from .evaluation import evaluate

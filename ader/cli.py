@@ -16,17 +16,17 @@ from types import SimpleNamespace
 from .attacks import (AutoAttack, CW_inf, PGD_sat, Square, Threat, Transfer, paper_attacks,
                           _one_of)
 from .attention import add_attention
-from .checkpoints import (Resume, _atomic_write, _check_folder, _checksum, load, _read_json,
-                              _remove_temp_files, save, _saved_files, seed_everything, _versions)
+from .checkpoints import (Resume, load, save, seed_everything, _atomic_write, _check_folder,
+                              _checksum, _read_json, _remove_temp_files, _saved_files, _versions)
 from .data import AderError, digits, load_data, _rank_and_world
 from .deploy import _data_for, _load_data, _load_several
-from .evaluation import (accuracy_curves, check_teacher, compare, _markdown_table,
-                             plot_attention, plot_curves)
+from .evaluation import (accuracy_curves, check_teacher, compare, plot_attention, plot_curves,
+                             _markdown_table)
 from .methods import METHODS, make_method
 from .networks import net_from_text, small_resnet, _name_and_settings
-from .sanity import _page, _png, report_page, robustness_report
+from .sanity import report_page, robustness_report, _page, _png
 from .speed import one_thread
-from .teachers import _TEACHER_METHODS, train
+from .teachers import train, _TEACHER_METHODS
 from .training import PrintEpochs
 from fastcore.basics import num_cpus
 from fastcore.meta import delegates
@@ -63,8 +63,7 @@ def command(
     name = Path(name).stem
     _one_of(_MODULES, command=name)
     if _rank_and_world()[0] and name not in ('ader_teach', 'ader_distill'): return
-    f = globals().get(name) or pkgutil.resolve_name(f'ader.{_MODULES[name]}:{name}')
-    _as_command(f, argv)
+    _as_command(pkgutil.resolve_name(f'ader.{_MODULES[name]}:{name}'), argv)
 
 # %% ../nbs/27_command_line.ipynb #5d7379ad
 def _check(epochs:int=1, **numbers:int):

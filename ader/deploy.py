@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from types import SimpleNamespace
 from .attacks import PGD_sat, Threat, Transfer, frozen
 from .attention import forward_with_attention
-from .checkpoints import _atomic_write, _check_folder, load, save, _versions
-from .data import AderError, as_float, _check_images, load_data, _import_quietly
-from .evaluation import _first_batches, compare, evaluate, _markdown_table, wilson
+from .checkpoints import load, save, _atomic_write, _check_folder, _versions
+from .data import AderError, as_float, load_data, _check_images, _import_quietly
+from .evaluation import compare, evaluate, wilson, _first_batches, _markdown_table
 from .networks import count_params, multiply_adds
 from .speed import one_thread
 

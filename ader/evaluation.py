@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
-from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, _check_output, _count_passes,
-                          frozen, kl, paper_attacks)
-from .attention import _adapt_input, forward_with_attention, show_attention
+from .attacks import (FGSM, PGD, PGD_sat, PGD_trades, Threat, frozen, kl, paper_attacks,
+                          _check_output, _count_passes)
+from .attention import forward_with_attention, show_attention, _adapt_input
 from .checkpoints import _atomic_write
 from .data import AderError, as_float, _check_images, _check_labels, _data_facts
 from .speed import FrozenCopy, dtype_of, _float32

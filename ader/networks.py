@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from functools import partial, wraps
 from pathlib import Path
 from torch import Tensor, nn
-from .data import AderError, _import_quietly, as_float
+from .data import AderError, as_float, _import_quietly
 
 # %% ../nbs/21_networks.ipynb #b72da15d
 class Normalize(nn.Module):

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from .attacks import PGD, Threat, Transfer
 from .attention import add_attention
-from .checkpoints import (_atomic_write, _check_folder, load, _read_json, save, _saved_files,
-                              seed_everything, _versions)
+from .checkpoints import (load, save, seed_everything, _atomic_write, _check_folder, _read_json,
+                              _saved_files, _versions)
 from .data import AderError, load_data
 from .deploy import _extra
 from .evaluation import check_teacher, _markdown_table
@@ -26,7 +26,7 @@ from .methods import make_method, _teachers_of
 from .networks import net_from_text
 from .sanity import robustness_report
 from .speed import ForeachAdam, FrozenCopy, dtype_of, one_thread
-from .teachers import _TEACHER_METHODS, _run_config, train
+from .teachers import train, _TEACHER_METHODS, _run_config
 from .training import PrintEpochs, WeightEMA
 from fastai.basics import SGD, Callback, CancelFitException, Learner
 from fastai.callback.schedule import ParamScheduler

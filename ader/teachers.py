@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from torch import Tensor, nn
 from unittest import mock
-from .attacks import Threat, _check_output, frozen
-from .attention import (AttentionNet, AttentionOutput, _adapt_input, add_attention,
-                            has_attention)
-from .checkpoints import Resume, _checksum, seed_everything, _versions
+from .attacks import Threat, frozen, _check_output
+from .attention import AttentionNet, AttentionOutput, add_attention, has_attention, _adapt_input
+from .checkpoints import Resume, seed_everything, _checksum, _versions
 from .data import AderError, _data_facts, _rank_and_world
 from .methods import TRADES
 from .networks import Net, archs, build
@@ -79,7 +78,7 @@ def teach(
     net:nn.Module, # a network of `ader.networks`, with or without attention
     dls, epochs:int=15, # fastai `DataLoaders`; passes over the training images
     threat:Threat|None=None, # what the attacker may do; default: L∞ with the usual ε of the data
-    steps:int=10, # of the training attack; two take a third of the time
+    steps:int=10, # of the training attack; with two it takes less than half of the time
     **kwargs # of `train`
 ) -> AttentionNet: # trained, in evaluation mode, with `metadata`
     "Train a teacher; a network without attention gets an attention block first."

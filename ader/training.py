@@ -14,12 +14,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from .attacks import (PGD, Threat, _check_output, frozen, _check_batch, _check_float,
-                          _rank_slice)
-from .attention import AttentionOutput, _adapt_input, forward_with_attention, has_attention
+from .attacks import PGD, Threat, frozen, _check_output, _check_batch, _check_float, _rank_slice
+from .attention import AttentionOutput, forward_with_attention, has_attention, _adapt_input
 from .data import (AderError, _all_reduce_mean, _all_reduce_sum, _check_labels, _data_facts,
                        _is_distributed, _rank_and_world, _import_fastai)
-from .speed import FrozenCopy, _Replay, dtype_of, _run_in, _unwrap, _float32
+from .speed import FrozenCopy, dtype_of, _Replay, _run_in, _unwrap, _float32
 _import_fastai()
 from fastai.basics import AvgLoss, Callback, CancelFitException, GetAttr, L, ValueMetric, patch
 from fastai.callback.mixup import MixHandler

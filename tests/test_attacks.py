@@ -3,11 +3,11 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
-from ader.attacks import _length, margin
+from ader.attacks import margin, _length
 from ader.data import AderError
 from ader.networks import small_resnet
 from ader.attacks import (AutoAttack, CW_inf, FGSM, PGD, PGD_sat, PGD_trades, Square, Threat,
-Transfer, ce, _count_passes, frozen, kl, paper_attacks)
+                          Transfer, ce, frozen, kl, paper_attacks, _count_passes)
 
 K = 4
 

@@ -1,7 +1,7 @@
 "The benchmark on few images, and what it says of goals."
 import json, math, pytest
 from ader import bench
-from ader.bench import ader_bench, _bench_accuracy, _bench_autoattack, goals, _minutes_until
+from ader.bench import ader_bench, goals, _bench_accuracy, _bench_autoattack, _minutes_until
 from ader.data import AderError
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 import ader.checkpoints
 from ader.attention import add_attention
-from ader.checkpoints import (Resume, _read_checkpoint, _write_checkpoint, _atomic_write, load,
-                              _read_json, _remove_temp_files, save)
+from ader.checkpoints import (Resume, load, save, _read_checkpoint, _write_checkpoint,
+                              _atomic_write, _read_json, _remove_temp_files)
 from ader.data import AderError
 from ader.methods import ADER, TRADES, make_method, methods
 from ader.networks import mobilenet_v2, resnet18, small_resnet

@@ -15,9 +15,8 @@ from ader.attention import InputAdapter, add_attention, forward_with_attention
 from ader.checkpoints import load, save
 from ader.cli import command
 from ader.data import AderError, digits, image_folder
-from ader.deploy import (_StraightThrough, _data_for, ader_export, check_onnx,
-                         compare_int8, costs, model_card, onnx_session, push_to_hub, run_onnx,
-                         to_int8, to_onnx)
+from ader.deploy import (ader_export, check_onnx, compare_int8, costs, model_card, onnx_session,
+                         push_to_hub, run_onnx, to_int8, to_onnx, _StraightThrough, _data_for)
 from ader.evaluation import evaluate
 from ader.networks import small_resnet, wide_resnet
 from ader.teachers import attach_attention

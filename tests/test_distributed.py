@@ -6,7 +6,7 @@ import pytest, torch
 pytest.importorskip('accelerate')
 import ader.checkpoints, ader.cli
 from ader.attention import add_attention
-from ader.checkpoints import _read_checkpoint, load, save
+from ader.checkpoints import load, save, _read_checkpoint
 from ader.data import AderError, Batches, Images, RandomCrop, dataloaders, digits, _rank_and_world
 from ader.methods import methods, _teachers_of
 from ader.networks import small_resnet

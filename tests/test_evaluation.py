@@ -5,8 +5,8 @@ from torch import nn
 from ader.attacks import FGSM, PGD, AutoAttack, PGD_sat, Threat
 from ader.attention import add_attention
 from ader.data import AderError, Batches, Images
-from ader.evaluation import (accuracy_curves, check_teacher, compare, evaluate, _markdown_table,
-                             _on_attacks, plot_robustness, show_attacked, wilson, _first_batches,
+from ader.evaluation import (accuracy_curves, check_teacher, compare, evaluate, plot_robustness,
+                             show_attacked, wilson, _markdown_table, _on_attacks, _first_batches,
                              _judge_teacher, _robust_mask, _tabulate)
 from ader.networks import small_resnet
 from ader.speed import dtype_of
@@ -93,7 +93,7 @@ def test_half_precision_is_evaluated_in_float32(net, run):
 
 @pytest.mark.parametrize('amx, dtype', [(True, torch.bfloat16), (False, torch.float32)])
 def test_bfloat16_is_automatic_where_the_cpu_multiplies_matrices_of_it(amx, dtype, monkeypatch):
-    "AVX-512 alone has instructions for it which are slower than those for float32."
+    "With AVX-512 alone it was slower than float32 (Intel Xeon)."
     monkeypatch.setattr('torch.cpu._is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr('torch.cpu._is_avx512_bf16_supported', lambda: True)
     assert dtype_of('auto', small_resnet(width=4)) == dtype

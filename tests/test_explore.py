@@ -1,7 +1,7 @@
 "An attack on one image, as a strip of pictures and with sliders."
 import pytest, torch
 from ader.data import AderError
-from ader.explore import _attack_view, _is_interactive, attack_strip, explore
+from ader.explore import attack_strip, explore, _attack_view, _is_interactive
 
 @pytest.mark.parametrize('norm', ['Linf', 'L2'])
 def test_the_attack_stays_in_the_ball_and_leaves_the_network(net, norm):

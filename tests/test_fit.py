@@ -4,7 +4,7 @@ from PIL import Image
 from ader.checkpoints import load
 from ader.cli import command
 from ader.data import AderError, Images, dataloaders, digits
-from ader.fit import _Clock, ader_fit, _describe
+from ader.fit import ader_fit, _Clock, _describe
 import torch
 from types import SimpleNamespace
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 from ader import reproduce
 from ader.data import AderError
 from ader.samples import sample_net
-from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, _in_order, load_net,
-                            make_table, one_cycle, plan, read_records, run_all, run_one,
-                            runs, step_schedule, table_markdown, _pending, _tables)
+from ader.reproduce import (SCALES, TABLES, Record, Run, ader_reproduce, load_net, make_table,
+                            one_cycle, plan, read_records, run_all, run_one, runs, step_schedule,
+                            table_markdown, _in_order, _pending, _tables)
 from ader.training import PrintEpochs
 
 FEW = {a: dict(images=40) for a in ('FGSM', 'PGD_sat')}

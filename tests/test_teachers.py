@@ -12,8 +12,8 @@ from ader.data import AderError, digits
 from ader.evaluation import check_teacher
 from ader.methods import ADER
 from ader.networks import build, mobilenet_v2, small_resnet, wide_resnet
-from ader.teachers import (AttachedAttention, _zoo_net, activation_map, attach_attention,
-                           find_layer, from_robustbench, teach, train)
+from ader.teachers import (AttachedAttention, activation_map, attach_attention, find_layer,
+                           from_robustbench, teach, train, _zoo_net)
 from ader.training import SAT, Natural
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
